@@ -1,0 +1,344 @@
+"""SPPO, Self-Play Preference Optimization: a response's log-ratio is regressed on how often it beats the policy itself.
+
+Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4.7. In each iteration the policy pi_t
+answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
+moves towards pi_{t+1}(y) ~ pi_t(y) exp(eta P(y > pi_t)): a no-regret step in the game "whose answer is preferred?".
+
+    python sppo.py                                     the built-in task, half a minute on two CPU cores (README.md)
+    python sppo.py --model DIR --prompts FILE.jsonl    any causal LM, the paper's recipe; {"prompt": ...} on each line
+
+It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{responses,pairs,steps}.jsonl,
+iter_1/policy/, ..., final/ (the best iterate on held-out prompts) and outputs.json (its answers to them).
+
+Where this file departs from the paper, and why:
+ 1. A response that the length limit cut loses against every finished one: a judge may not see that its end is missing.
+ 2. A prompt whose best and worst response are the same, or tie, is left out: it would only say "stay where you are".
+ 3. A response may have 1024 new tokens; the paper gives 1024 to prompt and response together.
+ 4. The judge is so far the built-in one of the digits task; the paper's is PairRM.
+ 5. On CUDA weights are bf16 without a float32 master, so that most updates at a learning rate of 5e-7 round to nothing.
+Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
+ a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
+ b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
+ c. turns one score per response into sigmoid(score_i - score_j), which is transitive by construction; the paper's
+    P(y > y') = sigmoid(s(y, y')) may be cyclic.
+eta here multiplies the preference; DNO's eta divides it.
+"""
+
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
+
+from common import (
+    alpaca_outputs,
+    aside,
+    attach,
+    check_args,
+    cli,
+    encode_prompts,
+    judge_prefs,
+    load_judge,
+    load_policy,
+    load_prompts,
+    micro_batches,
+    pick_device,
+    require,
+    response_logps,
+    run_folder,
+    sample_responses,
+    save_policy,
+    score,
+    show,
+    show_table,
+    split_prompts,
+    start_run,
+    write_json,
+    write_jsonl,
+)
+
+
+@dataclass
+class Args:
+    """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
+
+    # model and data
+    model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
+    prompts: str = HfArg(default="digits", help="Prompts: 'digits' (built in) or a .jsonl file, gzipped or not.")
+    judge: str = HfArg(default="digits", help="Who says which response is preferred: 'digits' (built in).")
+    limit: int = HfArg(default=0, help="Use at most this many prompts; 0 means all (5,632 for digits).")
+    n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
+    max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
+    # algorithm
+    iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
+    k: int = HfArg(default=5, help="Responses sampled per prompt.")
+    eta: float = HfArg(
+        default=10.0, help="Step of the multiplicative-weights update; the loss regresses on eta (P - 1/2)."
+    )
+    pairs: Literal["extremes", "all"] = HfArg(default="extremes", help="Train on the best and the worst, or on all K.")
+    targets: Literal["soft", "hard"] = HfArg(default="soft", help="Win rates, or 1 for the best and 0 for the worst.")
+    log_z: Literal["half", "estimate"] = HfArg(default="half", help="log Z as eta / 2, or estimated from the samples.")
+    # sampling
+    temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
+    top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
+    max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
+    # optimiser
+    learning_rate: float = HfArg(default=2e-4, help="Peak learning rate of RMSprop.")
+    warmup_ratio: float = HfArg(
+        default=0.1, help="Share of an iteration's steps in which the rate rises; then it falls."
+    )
+    epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
+    batch_size: int = HfArg(default=16, help="Prompts per optimiser step, with all their chosen responses.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    # run
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
+
+
+PAPER = {  # section 5 and appendix C of the paper; max_new_tokens: see 3. above
+    "max_prompt_tokens": 512,
+    "eta": 1e3,
+    "max_new_tokens": 1024,
+    "slots": 64,
+    "learning_rate": 5e-7,
+    "epochs": 1,
+    "batch_size": 64,
+}
+RECIPES = {"tiny": {}, "mistral-7b": PAPER, "llama-3-8b": PAPER, "gemma-2-9b": PAPER, "other": PAPER}
+
+COLUMNS = {  # of the line per iterate and of the closing table
+    "loss_over_eta2": "loss/eta²",
+    "win_rate_vs_start": "wins vs start",
+    "win_rate_vs_previous": "vs previous",
+    "exact_match": "exact match",
+    "length": "tokens",
+    "unfinished": "unfinished",
+    "kl": "KL",
+    "chosen_log_ratio": "log-ratio chosen",
+    "rejected_log_ratio": "rejected",
+    "tokens_per_second": "tokens/s",
+    "seconds": "seconds",
+}
+
+
+# The maths -----------------------------------------------------------------------------------------------------------
+
+
+def win_rates(prefs):
+    """P(y_k > pi_t), estimated by the mean preference of y_k over all K samples, itself (1/2) included.
+
+    Source: Algorithm 1, line 5 of arXiv 2405.00675. prefs (B, K, K), probabilities, prefs[b, i, j] = P(y_i > y_j).
+    Returns (B, K) in [0, 1]. Raises ValueError for another shape.
+
+    >>> win_rates(torch.tensor([[[0.5, 0.9], [0.1, 0.5]]]))
+    tensor([[0.7000, 0.3000]])
+    """
+    if prefs.ndim != 3 or prefs.shape[1] != prefs.shape[2]:
+        raise ValueError(f"prefs must be (B, K, K), got {tuple(prefs.shape)}")
+    return prefs.mean(-1)  # P^(y_k > pi_t) = 1/K sum_k' P(y_k > y_k')
+
+
+def log_partition(win_rate, eta):
+    """log Z = log E_{y ~ pi_t} exp(eta P(y > pi_t)) as eq. 4.5 estimates it: win_rate (B, K) -> (B,), nats."""
+    return torch.logsumexp(eta * win_rate, -1) - math.log(win_rate.shape[-1])  # eq. 4.5
+
+
+def sppo_loss(logps, ref_logps, win_rate, eta, log_z=None):
+    """The squared distance of a response's log-ratio from its target, eq. 4.7 of arXiv 2405.00675.
+
+    logps, ref_logps (B,): log pi(y|x) of the policy and of pi_t, nats, summed over the response's tokens.
+    win_rate (B,): P(y > pi_t) in [0, 1]. eta > 0: multiplies it (the official code's 1/beta).
+    log_z (B,) or None: log of the normaliser, nats; None stands for eta / 2, as in eq. 4.7.
+    Returns (B,), nats squared; at the start eta^2 (win_rate - 1/2)^2, so 1e5 is normal at eta = 1e3.
+    Raises ValueError when eta is not positive or the shapes differ.
+
+    >>> one = torch.ones(1)
+    >>> sppo_loss(-2 * one, -3 * one, 0.75 * one, eta=8.0)  # log-ratio 1, target 8 (0.75 - 0.5) = 2
+    tensor([1.])
+    """
+    if eta <= 0:
+        raise ValueError(f"eta must be positive, got {eta}")
+    if not logps.shape == ref_logps.shape == win_rate.shape:
+        raise ValueError(f"shapes differ: {tuple(logps.shape)}, {tuple(ref_logps.shape)}, {tuple(win_rate.shape)}")
+    log_ratio = logps - ref_logps
+    log_z = eta / 2 if log_z is None else log_z
+    return (log_ratio - (eta * win_rate - log_z)) ** 2  # eq. 4.7; with log_z given, eq. 4.5
+
+
+# Roll-out and pairs --------------------------------------------------------------------------------------------------
+
+
+def make_pairs(prompts, responses, prefs, args):
+    """Algorithm 1, line 5: a row per prompt with its chosen responses, best first, and log Z.
+
+    Chosen are the best and the worst, or all K, by the mean score s(y) = 1/K sum_k s(y, y_k) of section 5, where
+    P(y > y') = sigmoid(s(y, y')). There is no row for a prompt whose best and worst are the same or tie.
+    """
+    win_rate = win_rates(prefs)
+    half = torch.full(win_rate.shape[:1], args.eta / 2)
+    log_z = log_partition(win_rate, args.eta) if args.log_z == "estimate" else half
+    mean_score = torch.logit(prefs, eps=1e-6).mean(-1)  # (B, K)
+    order = torch.argsort(mean_score, dim=-1, descending=True, stable=True)
+    rows = []
+    for b, chosen in enumerate(order.tolist()):
+        best, worst = chosen[0], chosen[-1]
+        if win_rate[b, best] > win_rate[b, worst] and responses[b][best]["ids"] != responses[b][worst]["ids"]:
+            chosen = chosen if args.pairs == "all" else [best, worst]
+            rows.append({**prompts[b], "responses": [responses[b][i] for i in chosen], "log_z": log_z[b].item()})
+    return rows
+
+
+# Train ---------------------------------------------------------------------------------------------------------------
+
+
+def train_step(policy, optimizer, scheduler, batch, args):
+    """One optimiser step on `batch`, rows of make_pairs; returns means over the batch and the gradient norm."""
+    rows = [(pair, response) for pair in batch for response in pair["responses"]]
+    prompts, responses = [pair["prompt_ids"] for pair, _ in rows], [response["ids"] for _, response in rows]
+    ref_logps = torch.tensor([response["ref_logps"] for _, response in rows], device=policy.device)
+    win_rate = torch.tensor([response["win_rate"] for _, response in rows], device=policy.device)
+    if args.targets == "hard":
+        win_rate = torch.tensor([1.0, 0.0], device=policy.device).repeat(len(batch))  # eq. 4.12
+    log_z = torch.tensor([pair["log_z"] for pair, _ in rows], device=policy.device)
+    losses, log_ratio = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for i in micro_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], args.micro_tokens):
+        logps = response_logps(policy, [prompts[j] for j in i], [responses[j] for j in i])
+        loss = sppo_loss(logps, ref_logps[i], win_rate[i], args.eta, log_z[i])  # eq. 4.7
+        (loss.sum() / len(rows)).backward()  # the mean over the whole batch, however it is cut
+        losses[i], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    finite = math.isfinite(grad_norm)
+    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    log_ratio = log_ratio.view(len(batch), -1)  # (pairs, chosen responses), best first
+    chosen, rejected = log_ratio[:, 0].mean().item(), log_ratio[:, -1].mean().item()
+    loss = losses.mean().item()
+    return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
+
+
+def train(policy, pairs, seed, args):
+    """Algorithm 1, line 6: minimise eq. 4.7 over `pairs`; returns what train_step says of each step."""
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=args.learning_rate, alpha=0.99)
+    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * n_steps), n_steps)
+    rng, steps = random.Random(seed), []
+    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
+        for _ in range(args.epochs):
+            order = rng.sample(pairs, len(pairs))
+            for i in range(0, len(order), args.batch_size):
+                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
+                bar.update()
+    return steps
+
+
+# Evaluate ------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
+    """Answer the held-out prompts with the newest iterate and judge its answers against earlier ones.
+
+    answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
+    iterate before this one, a name or folder for load_policy. Returns the metrics.
+    """
+    t = len(answers)
+    new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
+    answers.append([row[0] for row in new])
+    rivals = list(zip(answers[0], answers[t - 1], answers[t], strict=True))  # per prompt: start, previous, newest
+    messages = [prompt["prompt"] for prompt in held_out]
+    texts, finished = ([[r[key] for r in row] for row in rivals] for key in ("text", "finished"))
+    metrics = {"iteration": t}
+    if t:
+        prefs = judge_prefs(judge, messages, texts, finished)
+        for name, wins in (("start", prefs[:, 2, 0]), ("previous", prefs[:, 2, 1])):
+            metrics[f"win_rate_vs_{name}"] = wins.mean().item()
+            metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
+        reference, _ = load_policy(previous, policy.device)  # only now, so that it is never beside the optimiser
+        rows = ([p["prompt_ids"] for p in held_out], [r["ids"] for r in answers[t]], args.micro_tokens, "KL")
+        metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
+    metrics |= judge.metrics(messages, [row[2:] for row in texts]) if hasattr(judge, "metrics") else {}
+    metrics["length"] = sum(len(r["ids"]) for r in answers[t]) / len(held_out)
+    metrics["unfinished"] = sum(not r["finished"] for r in answers[t]) / len(held_out)
+    return metrics
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    """Run SPPO; returns the metrics of every iterate, the start first. Raises InputError before anything is written."""
+    check_args(args)
+    fits = args.targets == "soft" or args.pairs == "extremes"
+    require(fits, "--targets hard: wants --pairs extremes, since only the best and the worst can be 1 and 0")
+    run, device = run_folder(args, "sppo"), pick_device(args)
+    judge = load_judge(args.judge)
+    prompts = load_prompts(args.prompts, args.limit, args.seed)
+    policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
+    prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
+    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed)
+    start_run(run, args, device=device, parameters=policy.num_parameters())
+    print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
+    print(
+        f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} prompts held out"
+    )
+    answers, previous = [], args.model
+    table = [evaluate(policy, tokenizer, judge, held_out, answers, previous, args)]
+    show(table[0], COLUMNS)
+
+    for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
+        start, folder = time.perf_counter(), run / f"iter_{iteration}"
+        # Alg. 1, line 3: K responses per prompt from pi_t
+        responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+        sampling_seconds = time.perf_counter() - start
+        # Alg. 1, line 4: P(y_k > y_k') for all k, k', and with it the win rate of each response against pi_t
+        texts, finished = ([[r[key] for r in row] for row in responses] for key in ("text", "finished"))
+        prefs = judge_prefs(judge, [prompt["prompt"] for prompt in prompts], texts, finished)  # (B, K, K)
+        attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())
+        rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
+        write_jsonl(folder / "responses.jsonl", rows)
+        # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
+        pairs = make_pairs(prompts, responses, prefs, args)
+        require(
+            pairs, f"iteration {iteration}: no response was preferred to another; try a higher --k or --temperature"
+        )
+        rows = [(pair["prompt_ids"], response) for pair in pairs for response in pair["responses"]]
+        ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
+        attach("ref_logps", [y for _, y in rows], ref_logps)
+        write_jsonl(folder / "pairs.jsonl", pairs)
+        # Alg. 1, line 6: eq. 4.7
+        steps = train(policy, pairs, f"{args.seed} shuffle {iteration}", args)
+        write_jsonl(folder / "steps.jsonl", steps)
+
+        metrics = evaluate(policy, tokenizer, judge, held_out, answers, previous, args)
+        last = steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
+        metrics["loss_over_eta2"] = metrics["loss"] / args.eta**2
+        metrics["tokens_per_second"] = sum(len(r["ids"]) for row in responses for r in row) / sampling_seconds
+        metrics["seconds"] = time.perf_counter() - start
+        table.append(metrics)
+        write_jsonl(run / "metrics.jsonl", table)
+        show(metrics, COLUMNS, pairs[:2])
+        previous = str(folder / "policy")
+        save_policy(policy, tokenizer, previous)
+
+    best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
+    with aside(run / "final") as part:
+        shutil.copytree(run / f"iter_{best}" / "policy", part)
+    write_json(run / "outputs.json", alpaca_outputs(held_out, answers[best], run.name))
+    show_table(table, COLUMNS, best)
+    print(f"* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
+    return table
+
+
+if __name__ == "__main__":
+    cli(main, Args, RECIPES, __doc__)
