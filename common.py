@@ -114,9 +114,8 @@ def cli(main, args_class, recipes, description, argv=None):
     description += f"\n\nshort names for --model, which takes any folder or hub id of a causal LM as well:{names}"
     parser = _Parser(args_class, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults(**recipes.get(model, recipes["other"]))
-    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
-        main(args)
+        main(args_class(**vars(parser.parse_args(argv))))
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
@@ -133,7 +132,7 @@ def run_folder(args, script):
     require(not folder.exists(), f"--name {folder.name}: {folder} is taken; a run never overwrites another")
     root = folder.parent if folder.parent.exists() else Path(".")
     writable = root.is_dir() and os.access(root, os.W_OK)
-    require(writable, f"{root.resolve()}: no folder that can be written; start from another one, runs/ is made there")
+    require(writable, f"{root.resolve()}: cannot be written; start from a folder where runs/ can be made")
     return folder
 
 
@@ -330,6 +329,7 @@ def load_prompts(source, limit=0, seed=0):
                     rows += 1
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {source}: cannot be read ({error})") from None
+    require(prompts, f"--prompts {source}: holds no prompt")
     if rows > len(prompts):
         print(f"{source}: {rows - len(prompts)} repeated prompts left out")
     return list(prompts.values())
@@ -340,7 +340,7 @@ def split_prompts(prompts, iterations, n_eval, seed):
     prompts = random.Random(f"split {seed}").sample(prompts, len(prompts))
     n_eval = min(n_eval, len(prompts) // 4)
     size = (len(prompts) - n_eval) // iterations
-    enough = n_eval >= 1 and size >= 1
+    enough = n_eval >= 2 and size >= 1
     require(enough, f"--prompts: {len(prompts)} left, too few for {iterations} iterations and a held-out part")
     held_out, rest = prompts[:n_eval], prompts[n_eval:]
     parts = [rest[i * size : (i + 1) * size] for i in range(iterations)]

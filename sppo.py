@@ -231,7 +231,7 @@ def train(policy, pairs, seed, args):
     """Algorithm 1, line 6: minimise eq. 4.7 over `pairs`; returns what train_step says of each step."""
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=args.learning_rate, alpha=0.99)
     n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
-    scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * n_steps), n_steps)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
     rng, steps = random.Random(seed), []
     with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
         for _ in range(args.epochs):
@@ -308,9 +308,13 @@ def main(args):
         write_jsonl(folder / "responses.jsonl", rows)
         # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
         pairs = make_pairs(prompts, responses, prefs, args)
-        require(
-            pairs, f"iteration {iteration}: no response was preferred to another; try a higher --k or --temperature"
-        )
+        if not pairs:
+            nothing = (
+                f"iteration {iteration}: no response is preferred to another; a higher --k or --temperature may help"
+            )
+            require(iteration > 1, nothing)
+            print(nothing)
+            break
         rows = [(pair["prompt_ids"], response) for pair in pairs for response in pair["responses"]]
         ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
         attach("ref_logps", [y for _, y in rows], ref_logps)

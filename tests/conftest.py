@@ -1,0 +1,27 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for a network
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+import common  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory):
+    """A runs/ folder that holds the built-in start, made once."""
+    cache = tmp_path_factory.mktemp("runs")
+    common.tiny_policy(cache)
+    return cache
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch, tiny_cache):
+    """An empty working folder, but that its runs/ already holds the built-in start."""
+    (tmp_path / "runs").symlink_to(tiny_cache)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

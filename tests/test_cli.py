@@ -1,0 +1,255 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import common
+import sppo
+
+SHORT = ["--limit", "640", "--n_eval", "160", "--iterations", "2", "--epochs", "2"]
+
+
+def run(*flags, cwd):
+    return subprocess.run([sys.executable, ROOT / "sppo.py", *flags], cwd=cwd, capture_output=True, text=True)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# The default job, shortened ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_cache):
+    cwd = tmp_path_factory.mktemp("job")
+    (cwd / "runs").symlink_to(tiny_cache)
+    done = run(*SHORT, "--name", "job", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, cwd / "runs" / "job"
+
+
+def test_the_short_job_learns(job):
+    start, _, last = lines(job[1] / "metrics.jsonl")
+    assert start["exact_match"] < 0.3
+    assert last["exact_match"] > start["exact_match"] + 0.1
+    assert last["win_rate_vs_start"] > 0.5 + 3 * last["win_rate_vs_start_se"]
+    assert last["kl"] > 0 and last["chosen_log_ratio"] > last["rejected_log_ratio"]
+
+
+def test_the_job_prints_what_a_newcomer_needs(job):
+    out = job[0].stdout
+    for words in (
+        "iterate 0",
+        "iterate 1: loss/eta²",
+        "wins vs start 0.",
+        " ± ",
+        "exact match",
+        "KL",
+        "log-ratio",
+        "best '",
+    ):
+        assert words in out
+    assert out.count("\niterate 2:") == 1 and "* 2" in out.replace("* 1", "* 2")  # a line, and a star in the table
+    assert "Traceback" not in job[0].stderr and "Warning" not in job[0].stderr
+
+
+def test_the_run_folder_holds_what_the_readme_says(job):
+    folder = job[1]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "final", "iter_1", "iter_2", "metrics.jsonl", "outputs.json"
+    ]  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eta"] == 10.0 and config["limit"] == 640 and config["device"] in ("cpu", "cuda")
+    assert config["versions"]["torch"] == torch.__version__
+    rows = lines(folder / "iter_2" / "responses.jsonl")
+    assert len(rows) == 240 and all(len(row["responses"]) == 5 for row in rows)
+    assert set(rows[0]) == {"prompt", "prompt_ids", "responses"}
+    assert set(rows[0]["responses"][0]) == {"ids", "text", "finished", "win_rate"}
+    for row in rows:  # 1/K sum over all K, and P + P^T = 1: the K win rates of a prompt have mean 1/2
+        assert sum(y["win_rate"] for y in row["responses"]) / 5 == pytest.approx(0.5, abs=1e-5)
+    first, second = ({json.dumps(r["prompt"]) for r in lines(folder / f"iter_{t}" / "responses.jsonl")} for t in (1, 2))
+    outputs = json.loads((folder / "outputs.json").read_text())
+    assert set(outputs[0]) == {"instruction", "output", "generator"} and len(outputs) == 160
+    held_out = {json.dumps([{"role": "user", "content": o["instruction"]}]) for o in outputs}
+    assert not (first & second or first & held_out or second & held_out)
+
+
+def test_pairs_train_on_the_sampled_ids_of_the_best_and_the_worst(job):
+    responses = {json.dumps(r["prompt"]): r["responses"] for r in lines(job[1] / "iter_1" / "responses.jsonl")}
+    pairs = lines(job[1] / "iter_1" / "pairs.jsonl")
+    assert len(pairs) > 150
+    for pair in pairs:
+        rates = [y["win_rate"] for y in responses[json.dumps(pair["prompt"])]]
+        best, worst = pair["responses"]
+        assert best["win_rate"] == max(rates) and worst["win_rate"] == min(rates)
+        assert {"ids": best["ids"], "text": best["text"]}.items() <= responses[json.dumps(pair["prompt"])][
+            rates.index(max(rates))
+        ].items() or rates.count(max(rates)) > 1
+
+
+def test_the_reference_of_iteration_2_is_the_policy_of_iteration_1(job):
+    policy, _ = common.load_policy(str(job[1] / "iter_1" / "policy"))
+    rows = [
+        (pair["prompt_ids"], y) for pair in lines(job[1] / "iter_2" / "pairs.jsonl")[:20] for y in pair["responses"]
+    ]
+    logps = common.response_logps(policy, [x for x, _ in rows], [y["ids"] for _, y in rows])
+    torch.testing.assert_close(logps, torch.tensor([y["ref_logps"] for _, y in rows]), atol=1e-4, rtol=0)
+
+
+def test_final_is_the_best_iterate_and_loads_with_transformers(job):
+    table = lines(job[1] / "metrics.jsonl")
+    best = max(table[1:], key=lambda m: m["win_rate_vs_start"])["iteration"]
+    final = AutoModelForCausalLM.from_pretrained(job[1] / "final")
+    right = AutoModelForCausalLM.from_pretrained(job[1] / f"iter_{best}" / "policy")
+    for mine, p in zip(final.parameters(), right.parameters(), strict=True):
+        assert torch.equal(mine, p)
+    tokenizer = AutoTokenizer.from_pretrained(job[1] / "final")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "312"}], tokenize=False)
+    assert text == "<s>312=" and tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_run_never_overwrites_another(job):
+    before = (job[1] / "metrics.jsonl").read_bytes()
+    again = run(*SHORT, "--name", "job", cwd=job[1].parent.parent)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr.count("\n") == 1 and "--name job" in again.stderr and "taken" in again.stderr
+    assert (job[1] / "metrics.jsonl").read_bytes() == before
+
+
+# Other settings, other models ----------------------------------------------------------------------------------------
+
+FEW = {"limit": 40, "n_eval": 8, "iterations": 1, "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"pairs": "all"}, {"targets": "hard"}, {"log_z": "estimate"}, {"k": 2, "temperature": 0.7, "top_p": 0.9}],
+    ids=str,
+)
+def test_every_option_runs(workdir, settings):
+    name = "-".join(map(str, settings))
+    table = sppo.main(sppo.Args(name=name, **FEW, **settings))
+    pairs = lines(workdir / "runs" / name / "iter_1" / "pairs.jsonl")
+    assert len(table) == 2 and len(pairs[0]["responses"]) == (5 if settings.get("pairs") == "all" else 2)
+
+
+def test_slots_and_micro_tokens_are_memory_knobs(workdir):
+    big = sppo.main(sppo.Args(name="big", **FEW))
+    small = sppo.main(sppo.Args(name="small", slots=7, micro_tokens=40, **FEW))
+    for a, b in zip(big, small, strict=True):
+        for name in a.keys() - {"seconds", "tokens_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), name
+
+
+def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, capsys):
+    tokenizer = common.tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, bos_token_id=0, eos_token_id=1, initializer_range=0.3)
+    common.save_policy(LlamaForCausalLM(config), tokenizer, workdir / "llama")
+    common.write_jsonl("mine.jsonl", [{"prompt": f"count to {n}"} for n in range(40)])
+    flags = ["--model", "llama", "--prompts", "mine.jsonl", "--max_new_tokens", "100", "--k", "3", "--name", "mine"]
+    common.cli(sppo.main, sppo.Args, sppo.RECIPES, "", [*flags, "--learning_rate", "1e-4"])
+    config = json.loads((workdir / "runs" / "mine" / "config.json").read_text())
+    assert (config["eta"], config["learning_rate"], config["k"], config["batch_size"]) == (1000.0, 1e-4, 3, 64)
+    table = lines(workdir / "runs" / "mine" / "metrics.jsonl")
+    assert len(table) == 4 and all(m["kl"] != 0 for m in table[1:])  # even a single step per iteration moves the policy
+    assert "3 iterations x 10 prompts x 3 responses; 10 prompts held out" in capsys.readouterr().out
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--k", "1"], "--k 1: must be at least 2"),
+        (["--k", "two"], "--k"),
+        (["--eta", "0"], "--eta 0.0: must be a positive number"),
+        (["--eta", "-3"], "--eta -3.0"),
+        (["--eta", "nan"], "--eta nan"),
+        (["--eta", "inf"], "--eta inf"),
+        (["--top_p", "0"], "--top_p 0.0: must be in (0, 1]"),
+        (["--top_p", "1.1"], "--top_p 1.1"),
+        (["--temperature", "0"], "--temperature"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--micro_tokens", "-1"], "--micro_tokens"),
+        (["--slots", "0"], "--slots"),
+        (["--epochs", "0"], "--epochs"),
+        (["--iterations", "0"], "--iterations"),
+        (["--max_new_tokens", "0"], "--max_new_tokens"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--warmup_ratio", "1"], "--warmup_ratio"),
+        (["--limit", "-1"], "--limit"),
+        (["--limit", "4"], "too few"),
+        (["--seed", "-1"], "--seed"),
+        (["--pairs", "some"], "--pairs"),
+        (["--targets", "hard", "--pairs", "all"], "--targets hard"),
+        (["--judge", "me"], "--judge me: unknown; the judges are digits"),
+        (["--prompts", "missing.jsonl"], "--prompts missing.jsonl: no such file"),
+        (["--prompts", "empty.jsonl"], "--prompts empty.jsonl: holds no prompt"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl, line 1: no key 'prompt'; keys found: question"),
+        (["--model", "no/such-model"], "--model no/such-model: cannot be loaded"),
+        (["--model", "."], "--model .: cannot be loaded"),
+        (["--model"], "--model"),
+        (["--max_prompt_tokens", "2"], "--max_prompt_tokens 2: no prompt is that short"),
+        (["--max_new_tokens", "500"], "add up to 564, but tiny has 512 positions"),
+        (["--name", "../escape"], "--name '../escape'"),
+        (["--name", "a b"], "--name 'a b'"),
+        (["--unknown", "1"], "--unknown"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda: no CUDA GPU")]),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(workdir, capsys, flags, words):
+    (workdir / "empty.jsonl").write_text("")
+    (workdir / "bad.jsonl").write_text('{"question": "a"}\n')
+    before = sorted(workdir.rglob("*")) + sorted((workdir / "runs").iterdir())
+    with pytest.raises(SystemExit) as end:
+        common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.count("\n") == 1 and words in said and "Traceback" not in said
+    assert sorted(workdir.rglob("*")) + sorted((workdir / "runs").iterdir()) == before
+
+
+def test_a_folder_that_cannot_hold_runs_is_named(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    done = run("--limit", "40", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr
+    assert done.stdout == "" and (tmp_path / "runs").read_text() == "a file"
+
+
+def test_nothing_preferred_is_said_not_raised(workdir, capsys, monkeypatch):
+    """In the first iteration that is an error; later the run ends with what it has."""
+    judge, calls = common.DigitsJudge(), []
+
+    def ties(prompts, responses):
+        return torch.full((len(prompts), len(responses[0]), len(responses[0])), 0.5)
+
+    def ties_later(prompts, responses):
+        calls.append(len(responses[0]))
+        return judge(prompts, responses) if calls.count(5) == 1 else ties(prompts, responses)  # 5 = K: training
+
+    monkeypatch.setitem(common.JUDGES, "digits", lambda: ties)
+    with pytest.raises(common.InputError, match="iteration 1: no response is preferred"):
+        sppo.main(sppo.Args(name="ties", **FEW))
+    monkeypatch.setitem(common.JUDGES, "digits", lambda: ties_later)
+    table = sppo.main(sppo.Args(name="late", **{**FEW, "iterations": 3}))
+    assert len(table) == 2 and (workdir / "runs" / "late" / "final" / "model.safetensors").exists()
+    assert "iteration 2: no response is preferred" in capsys.readouterr().out
+
+
+def test_help_lists_every_flag_and_the_short_names(capsys):
+    with pytest.raises(SystemExit) as end:
+        common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, ["--model", "mistral-7b", "--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(f"--{name}" in said for name in vars(sppo.Args()))
+    assert all(name in said for name in common.MODELS)
+    assert "(default: 1000.0)" in said  # the recipe of the model that was named
