@@ -414,11 +414,9 @@ def load_policy(name, device="cpu", context=0):
     try:
         config = AutoConfig.from_pretrained(path)
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        attention = "eager" if softcap else "sdpa"  # sdpa cannot cap the attention scores, as Gemma-2 does
+        attention = {"attn_implementation": "eager"} if softcap else {}  # sdpa cannot cap the scores (Gemma-2)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **attention)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...: the remedy is the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "" if Path(path).is_dir() else " (a local folder works without a network)"

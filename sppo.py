@@ -78,9 +78,7 @@ class Args:
     # algorithm
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
     k: int = HfArg(default=5, help="Responses sampled per prompt.")
-    eta: float = HfArg(
-        default=10.0, help="Step of the multiplicative-weights update; the loss regresses on eta (P - 1/2)."
-    )
+    eta: float = HfArg(default=10.0, help="Step size: a log-ratio is regressed on eta (P - 1/2).")
     pairs: Literal["extremes", "all"] = HfArg(default="extremes", help="Train on the best and the worst, or on all K.")
     targets: Literal["soft", "hard"] = HfArg(default="soft", help="Win rates, or 1 for the best and 0 for the worst.")
     log_z: Literal["half", "estimate"] = HfArg(default="half", help="log Z as eta / 2, or estimated from the samples.")
@@ -91,9 +89,7 @@ class Args:
     slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
     # optimiser
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate of RMSprop.")
-    warmup_ratio: float = HfArg(
-        default=0.1, help="Share of an iteration's steps in which the rate rises; then it falls."
-    )
+    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=16, help="Prompts per optimiser step, with all their chosen responses.")
     micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
@@ -104,7 +100,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
 
-PAPER = {  # section 5 and appendix C of the paper; max_new_tokens: see 3. above
+PAPER = {  # arXiv 2405.00675, experiments; K, T, top-p and 3 iterations are the defaults; max_new_tokens: 3. above
     "max_prompt_tokens": 512,
     "eta": 1e3,
     "max_new_tokens": 1024,
@@ -113,7 +109,7 @@ PAPER = {  # section 5 and appendix C of the paper; max_new_tokens: see 3. above
     "epochs": 1,
     "batch_size": 64,
 }
-RECIPES = {"tiny": {}, "mistral-7b": PAPER, "llama-3-8b": PAPER, "gemma-2-9b": PAPER, "other": PAPER}
+RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
 
 COLUMNS = {  # of the line per iterate and of the closing table
     "loss_over_eta2": "loss/eta²",
@@ -309,10 +305,9 @@ def main(args):
         # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
         pairs = make_pairs(prompts, responses, prefs, args)
         if not pairs:
-            nothing = (
-                f"iteration {iteration}: no response is preferred to another; a higher --k or --temperature may help"
-            )
-            require(iteration > 1, nothing)
+            cut = 1 - sum(sum(row) for row in finished) / (len(finished) * args.k)
+            nothing = f"iteration {iteration}: no response is preferred to another, and {cut:.0%} are unfinished"
+            require(iteration > 1, f"{nothing}; try a higher --max_new_tokens, --k or --temperature")
             print(nothing)
             break
         rows = [(pair["prompt_ids"], response) for pair in pairs for response in pair["responses"]]
