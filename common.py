@@ -246,7 +246,7 @@ def response_logps(policy, prompts, responses):
     # The token at position t is predicted by the hidden state at t - 1.
     logps = token_logps(hidden[:, :-1][response_mask[:, 1:]], targets=ids[response_mask], **lm_head(policy))  # (N,)
     row_of_token = response_mask.nonzero()[:, 0]
-    return torch.zeros(len(rows), device=device).index_add(0, row_of_token, logps)
+    return logps.new_zeros(len(rows)).index_add(0, row_of_token, logps)
 
 
 def micro_batches(lengths, max_tokens):
@@ -416,19 +416,25 @@ def load_policy(name, device="cpu", context=0):
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         attention = {"attn_implementation": "eager"} if softcap else {}  # sdpa cannot cap the scores (Gemma-2)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **attention)
+        settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
+        policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...: the remedy is the same
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = "" if Path(path).is_dir() else " (a local folder works without a network)"
         raise InputError(f"--model {name}: cannot be loaded as a causal LM: {reason}{where}") from None
+    missing = min(report["missing_keys"], default="")  # transformers fills these with random numbers
+    require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")
     policy.to(device).eval()  # eval for good: dropout has no place in any log-prob here, training included
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS, so no answer could end")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or context
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond these, the angles of a row would depend on its batch mates
+        positions = rope["original_max_position_embeddings"]
     too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
     require(context <= positions, too_long)
     rows = policy.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
-    linear = policy.get_output_embeddings() is not None and _head_fits(policy)
+    linear = policy.base_model is not policy and policy.get_output_embeddings() is not None and _head_fits(policy)
     require(linear, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
     return policy, tokenizer
 
@@ -469,7 +475,7 @@ TINY = {  # the recipe of `tiny`; it is also the key of its cache, so that a cha
 
 
 def tiny_tokenizer():
-    """A character tokenizer with BOS, EOS and a chat template: "<s>" + question + "=" -> answer + "</s>"."""
+    """A tokenizer of printable ASCII, no line break, with a chat template: "<s>" + question + "=" -> answer + "</s>"."""
     from tokenizers import Tokenizer, decoders, models
 
     tokens = ["<s>", "</s>", "<unk>", *map(chr, range(32, 127))]  # printable ASCII
@@ -549,7 +555,7 @@ class Response:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, (S, heads, capacity, head_dim): each row is a sequence at its own position."""
 
-    is_sliding = False  # windows are in the masks
+    is_sliding = False  # windows are in the masks; below, the methods that transformers calls or wants to be there
 
     def __init__(self, slots, prefilled, slot_cache):
         super().__init__()
@@ -610,7 +616,7 @@ def attention_masks(policy, pos, view):
     key = torch.arange(view, device=pos.device)
     full = (key <= pos[:, None])[:, None, None]
     near = full if window is None else full & (key > pos[:, None] - window)[:, None, None]
-    masks = {"full_attention": full, "sliding_attention": near}
+    masks = {"full_attention": full, "sliding_attention": near}  # the same without a window
     if config._attn_implementation == "eager":  # adds the mask to the scores
         lowest = torch.finfo(policy.dtype).min
         masks = {name: torch.zeros_like(m, dtype=policy.dtype).masked_fill(~m, lowest) for name, m in masks.items()}
@@ -623,7 +629,7 @@ def sample_tokens(logits, uniform, temperature, top_p):
     """One token per row by inverting the CDF: logits (S, V), uniform (S,) in [0, 1) -> (S,). Temperature 0: greedy."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.double() / temperature).softmax(-1)  # float64: uniform * total stays below the total
+    probs = (logits.double() / temperature).softmax(-1)  # float64: a cumsum over 128k float32 would lose the tail
     order = None
     if top_p < 1:  # the smallest set of tokens whose probability reaches top_p
         probs, order = probs.sort(-1, descending=True)
@@ -697,13 +703,14 @@ def generate(
         return generate_plain(policy, prompts, k=k, max_new_tokens=max_new_tokens, eos_ids=eos_ids, **sampling)
     head, device = lm_head(policy), policy.device
     eos = torch.tensor(eos_ids, device=device)
+    slots = min(slots, len(prompts) * k)
+    capacity = max(map(len, prompts)) + max_new_tokens
     out = [[None] * k for _ in prompts]
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # prompts to prefill, shortest last
-    prefilled, waiting = None, []  # keys and values of the newest prompts; their samples that have no row yet
-    slots = min(slots, len(prompts) * k)
-    owner = [None] * slots  # (prompt index, sample index) of each row; None: the row is idle
+    prefilled, waiting = None, []  # a few prompts' keys and values; those of their samples that have no row yet
+    owner, idle = {}, list(range(slots))  # row -> (prompt index, sample index); the rows that have no sample
     tokens = torch.zeros(slots, max_new_tokens, dtype=torch.long, device=device)
-    noise = torch.zeros(slots, max_new_tokens, device=device)  # the row's own random numbers
+    noise = torch.zeros(slots, max_new_tokens, device=device)  # the random numbers of the row's sample
     count = torch.ones(slots, dtype=torch.long, device=device)  # tokens that the row has so far
     cache = None
 
@@ -712,9 +719,9 @@ def generate(
         if progress is not None:
             progress.update()
 
-    while todo or waiting or any(owner):
-        # 1. Prefill the next prompts and draw the first token of all their samples.
-        if todo and not waiting and None in owner:
+    while todo or waiting or owner:
+        # 1. Prefill enough prompts for all rows, once no earlier one waits, and draw all their samples' first tokens.
+        if todo and idle and not waiting:
             group = [todo.pop() for _ in range(min(len(todo), max(1, slots // k)))]
             rows = [torch.tensor(prompts[i]) for i in group]
             last = torch.tensor([len(row) - 1 for row in rows], device=device)
@@ -723,33 +730,32 @@ def generate(
             hidden = policy.base_model(input_ids=ids, past_key_values=prefilled, use_cache=True).last_hidden_state
             hidden = hidden[torch.arange(len(group), device=device), last].repeat_interleave(k, 0)  # (G k, D)
             samples = [(i, j) for i in group for j in range(k)]
-            draws = torch.stack([uniforms(seed, prompts[i], j, max_new_tokens) for i, j in samples]).to(device)
-            first = sample_tokens(head_logits(hidden, **head), draws[:, 0], temperature, top_p)
-            for n, ((i, j), token) in enumerate(zip(samples, first.tolist(), strict=True)):
-                if token in eos_ids or max_new_tokens == 1:
-                    finish(i, j, [token])
+            uniform = torch.stack([uniforms(seed, prompts[i], j, max_new_tokens) for i, j in samples]).to(device)
+            token = sample_tokens(head_logits(hidden, **head), uniform[:, 0], temperature, top_p)
+            for n, ((i, j), first) in enumerate(zip(samples, token.tolist(), strict=True)):
+                if first in eos_ids or max_new_tokens == 1:
+                    finish(i, j, [first])
                 else:
-                    waiting.append((i, j, n // k, token, draws[n]))
-        # 2. Idle rows take the samples that wait: each gets a copy of its prompt's keys and values.
-        idle = [row for row, sample in enumerate(owner) if sample is None]
-        filled, taken, waiting = idle[: len(waiting)], waiting[: len(idle)], waiting[len(idle) :]
+                    waiting.append({"sample": (i, j), "source": n // k, "token": first, "noise": uniform[n]})
+        # 2. Idle rows take samples that wait, each with a copy of its prompt's keys and values.
+        rows, taken = idle[: len(waiting)], waiting[: len(idle)]
+        idle, waiting = idle[len(taken) :], waiting[len(taken) :]
         if taken:
-            prompt_of, sample_of, sources, firsts, draws = zip(*taken, strict=True)
-            cache = cache or SlotCache(slots, max(map(len, prompts)) + max_new_tokens, prefilled, device)
-            lengths = torch.tensor([len(prompts[i]) for i in prompt_of], device=device)
-            cache.fork(filled, prefilled, list(sources), lengths)
-            tokens[filled, 0], noise[filled], count[filled] = torch.tensor(firsts, device=device), torch.stack(draws), 1
-            for row, i, j in zip(filled, prompt_of, sample_of, strict=True):
-                owner[row] = (i, j)
-        active = [row for row, sample in enumerate(owner) if sample is not None]
-        if not active:
+            cache = cache or SlotCache(slots, capacity, prefilled, device)
+            lengths = torch.tensor([len(prompts[s["sample"][0]]) for s in taken], device=device)
+            cache.fork(rows, prefilled, [s["source"] for s in taken], lengths)
+            tokens[rows, 0] = torch.tensor([s["token"] for s in taken], device=device)
+            noise[rows] = torch.stack([s["noise"] for s in taken])
+            owner.update(zip(rows, [s["sample"] for s in taken], strict=True))
+        if not owner:
             continue
-        # 3. Nothing waits and half of the rows are idle: go on with the busy half.
-        if not todo and not waiting and 2 * len(active) <= len(owner):
-            cache.keep(active)
-            tokens, noise, count = tokens[active], noise[active], count[active]
-            owner, active = [owner[row] for row in active], list(range(len(active)))
-        # 4. One token for every row. An idle row repeats its position 0, which nobody reads.
+        # 3. Nothing waits and half of the rows are idle: go on with the others only.
+        if not todo and not waiting and len(idle) >= len(owner):
+            rows = list(owner)
+            cache.keep(rows)
+            tokens, noise, count = tokens[rows], noise[rows], count[rows]
+            owner, idle = dict(enumerate(owner.values())), []
+        # 4. One token for every row; an idle row repeats its position 0, which nobody reads.
         cache.view = int(cache.pos.max()) + 1
         hidden = policy.base_model(
             input_ids=tokens.gather(1, count[:, None] - 1),
@@ -758,17 +764,19 @@ def generate(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        draws = noise.gather(1, count[:, None])[:, 0]
-        token = sample_tokens(head_logits(hidden, **head), draws, temperature, top_p)
+        uniform = noise.gather(1, count[:, None])[:, 0]
+        token = sample_tokens(head_logits(hidden, **head), uniform, temperature, top_p)
         tokens.scatter_(1, count[:, None], token[:, None])
-        cache.pos[active] += 1
-        count[active] += 1
-        # 5. Rows that ended hand over their response and are idle.
+        rows = list(owner)
+        cache.pos[rows] += 1
+        count[rows] += 1
+        # 5. A row whose response ended hands it over and is idle.
         ended = (torch.isin(token, eos) | (count == max_new_tokens)).tolist()
-        for row in active:
+        for row in rows:
             if ended[row]:
-                finish(*owner[row], tokens[row, : count[row]].tolist())
-                owner[row], cache.pos[row], count[row] = None, 0, 1
+                finish(*owner.pop(row), tokens[row, : count[row]].tolist())
+                cache.pos[row], count[row] = 0, 1
+                idle.append(row)
     return out
 
 
@@ -785,9 +793,13 @@ def fits_slots(policy):
 
 
 def _slots_agree(policy):
-    """Two prompts prefilled together and a token of each decoded in slots: hidden states as without a cache?"""
+    """Two prompts prefilled together and a token of each decoded in slots: hidden states as without a cache?
+
+    The probe is six tokens long; windows longer than that are right by attention_masks, which knows two layer types.
+    """
     config = policy.config.get_text_config()
-    if set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo: the latter
+    if set(types or []) - {"full_attention", "sliding_attention"}:
         return False
     rows = [[1, 2, 3, 4, 5, 6], [3, 2, 1]]
     device = policy.device
