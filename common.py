@@ -475,7 +475,7 @@ TINY = {  # the recipe of `tiny`; it is also the key of its cache, so that a cha
 
 
 def tiny_tokenizer():
-    """A tokenizer of printable ASCII, no line break, with a chat template: "<s>" + question + "=" -> answer + "</s>"."""
+    """Printable ASCII, one token a character, and a chat template: "<s>" + question + "=" -> answer + "</s>"."""
     from tokenizers import Tokenizer, decoders, models
 
     tokens = ["<s>", "</s>", "<unk>", *map(chr, range(32, 127))]  # printable ASCII
