@@ -20,13 +20,13 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import os
 import random
 import re
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,16 +64,19 @@ def require(condition, message):
 
 
 # What a number may be: flag -> (test, words). NaN fails every test.
-COUNT, POSITIVE = (lambda v: v >= 1, "at least 1"), (lambda v: 0 < v < math.inf, "a positive number")
+COUNT = (lambda v: 1 <= v <= 10**7, "at least 1 and at most ten million")
+POSITIVE = (lambda v: 0 < v <= 10**6, "a positive number of at most a million")
 LIMITS = {
     **dict.fromkeys(("n_eval", "max_prompt_tokens", "iterations", "max_new_tokens", "slots"), COUNT),
     **dict.fromkeys(("epochs", "batch_size", "micro_tokens"), COUNT),
-    **dict.fromkeys(("eta", "temperature", "learning_rate", "max_grad_norm"), POSITIVE),
+    **dict.fromkeys(("eta", "max_grad_norm"), POSITIVE),
+    "learning_rate": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "temperature": (lambda v: 0.01 <= v <= 100, "in [0.01, 100]"),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
-    "k": (lambda v: v >= 2, "at least 2, since a response is compared with the other samples"),
+    "k": (lambda v: 2 <= v <= 1024, "at least 2, to have something to compare with, and at most 1024"),
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "warmup_ratio": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "seed": (lambda v: v >= 0, "0 or more"),
+    "seed": (lambda v: 0 <= v < 2**63, "between 0 and 2^63"),
 }
 
 
@@ -83,8 +86,8 @@ def check_args(args):
         test, words = LIMITS.get(name, (lambda _: True, ""))
         require(test(value), f"--{name} {value}: must be {words}")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use --device cpu")
-    plain = not args.name or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", args.name)
-    require(plain, f"--name {args.name!r}: only letters, digits and . _ + - go into a name; the run is runs/NAME")
+    plain = not args.name or re.fullmatch(r"(?!tiny-)[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", args.name)
+    require(plain, f"--name {args.name!r}: letters, digits and . _ + - make a name, and it may not begin with tiny-")
 
 
 def pick_device(args):
@@ -114,6 +117,8 @@ def cli(main, args_class, recipes, description, argv=None):
     description += f"\n\nshort names for --model, which takes any folder or hub id of a causal LM as well:{names}"
     parser = _Parser(args_class, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults(**recipes.get(model, recipes["other"]))
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to lose a run
     try:
         main(args_class(**vars(parser.parse_args(argv))))
     except InputError as error:
@@ -127,8 +132,8 @@ def run_folder(args, script):
 
     Raises InputError when it is taken, since a run never overwrites another, or when it could not be written.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs") / (args.name or f"{script}-{Path(args.model).name}-s{args.seed}-{stamp}")
+    model, stamp = re.sub(r"[^A-Za-z0-9._+]+", "-", Path(args.model).name)[:60], time.strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs") / (args.name or f"{script}-{model}-s{args.seed}-{stamp}")
     require(not folder.exists(), f"--name {folder.name}: {folder} is taken; a run never overwrites another")
     root = folder.parent if folder.parent.exists() else Path(".")
     writable = root.is_dir() and os.access(root, os.W_OK)
@@ -138,7 +143,10 @@ def run_folder(args, script):
 
 def start_run(folder, args, **facts):
     """Make the run folder and write config.json: every effective value, `facts`, and the versions."""
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     write_json(folder / "config.json", {**vars(args), **facts, "versions": versions})
 
@@ -233,7 +241,7 @@ def response_logps(policy, prompts, responses):
     reach the head. Call policy.eval() first (load_policy does): dropout would make a log-ratio noise.
     Raises ValueError for an empty prompt or response.
     """
-    if len(prompts) != len(responses) or not all(map(len, prompts)) or not all(map(len, responses)):
+    if not len(prompts) == len(responses) > 0 or not all(map(len, prompts)) or not all(map(len, responses)):
         raise ValueError("response_logps wants as many responses as prompts, each of at least one token")
     device = policy.get_input_embeddings().weight.device
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, responses, strict=True)]
@@ -296,10 +304,14 @@ def _read_prompt(row, where):
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     fits = isinstance(prompt, list) and prompt
-    fits = fits and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt)
+    fits = fits and all(
+        isinstance(m, dict) and {type(m.get(key)) for key in ("role", "content")} == {str} for m in prompt
+    )
     require(fits, f"{where}: 'prompt' must be text or a list of {{'role', 'content'}} messages")
     require(prompt[-1]["role"] == "user", f"{where}: the last message of a prompt must be the user's")
     require(prompt[-1]["content"].strip(), f"{where}: the prompt is empty")
+    half = re.search("[\ud800-\udfff]", "".join(message["content"] for message in prompt))
+    require(not half, f"{where}: half of a surrogate pair, which is no character")
     return prompt
 
 
@@ -311,12 +323,11 @@ def load_prompts(source, limit=0, seed=0):
     """
     if source == "digits":
         return digit_prompts(limit or 5632, seed)
-    path = Path(source)
-    require(path.is_file(), f"--prompts {source}: no such file; give 'digits' or a .jsonl or .jsonl.gz file")
-    require(path.name.endswith((".jsonl", ".jsonl.gz")), f"--prompts {source}: only .jsonl and .jsonl.gz are read")
+    require(os.path.isfile(source), f"--prompts {source}: no such file; give 'digits' or a .jsonl or .jsonl.gz file")
+    require(source.endswith((".jsonl", ".jsonl.gz")), f"--prompts {source}: only .jsonl and .jsonl.gz are read")
     prompts, rows = {}, 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() and (not limit or len(prompts) < limit):
                     where = f"--prompts {source}, line {number}"
@@ -327,7 +338,7 @@ def load_prompts(source, limit=0, seed=0):
                     prompt = _read_prompt(row, where)
                     prompts[json.dumps(prompt)] = prompt
                     rows += 1
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"--prompts {source}: cannot be read ({error})") from None
     require(prompts, f"--prompts {source}: holds no prompt")
     if rows > len(prompts):
@@ -420,7 +431,7 @@ def load_policy(name, device="cpu", context=0):
         policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...: the remedy is the same
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        where = "" if Path(path).is_dir() else " (a local folder works without a network)"
+        where = "" if os.path.exists(path) else " (a local folder works without a network)"
         raise InputError(f"--model {name}: cannot be loaded as a causal LM: {reason}{where}") from None
     missing = min(report["missing_keys"], default="")  # transformers fills these with random numbers
     require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")
@@ -442,7 +453,7 @@ def load_policy(name, device="cpu", context=0):
 @torch.no_grad()
 def _head_fits(policy):
     """Whether lm_head describes all that this model does after its last hidden state; found by trying."""
-    ids = torch.arange(4, device=policy.device)[None]
+    ids = torch.arange(4, device=policy.device)[None] % len(policy.get_input_embeddings().weight)
     hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     mine, theirs = head_logits(hidden, **lm_head(policy)), policy(input_ids=ids, use_cache=False).logits[0]
     return (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
@@ -828,7 +839,8 @@ class DigitsJudge:
     """Prefers the answer that is closer to the digits of the prompt, sorted: P(y > y') = sigmoid(10 (q(y) - q(y'))).
 
     q is the share of right positions, less the difference in length as a share of the right length (at most 1).
-    A judge is any object that is called like this one; `metrics` is optional and goes into the table.
+    A judge is any object that is called like this one, with up to 64 prompts and any K; `metrics` is optional and goes
+    into the table. JUDGES makes it without arguments.
     """
 
     def quality(self, prompts, responses):
@@ -855,9 +867,12 @@ class DigitsJudge:
 JUDGES = {"digits": DigitsJudge}
 
 
-def load_judge(name):
-    """The judge called `name`, a key of JUDGES. To add your own, put its class there. Raises InputError."""
+def load_judge(name, prompts):
+    """The judge called `name`, a key of JUDGES, for the prompts called `prompts`. Raises InputError."""
     require(name in JUDGES, f"--judge {name}: unknown; the judges are {', '.join(JUDGES)}")
+    if name == "digits" and prompts != "digits":
+        print("--judge digits asks for the digits of a prompt, sorted, and else for silence: try the pipeline with it,")
+        print("but for prompts that mean something put a judge of your own into JUDGES in common.py")
     return JUDGES[name]()
 
 
@@ -933,8 +948,8 @@ def show(metrics, columns, examples=()):
             parts.append(f"{title} {number(metrics[name])}{error}")
     print(f"iterate {metrics['iteration']}: {' | '.join(parts)}")
     for example in examples:
-        texts = [f"{r['text']!r:.60} wins {r['win_rate']:.2f}" for r in example["responses"]]
-        print(f"    to {example['prompt'][-1]['content']!r:.60}: best {texts[0]}, worst {texts[-1]}")
+        texts = [f"{r['text']!r:.60} (win rate {r['win_rate']:.2f})" for r in example["responses"]]
+        print(f"    samples for {example['prompt'][-1]['content']!r:.60}: best {texts[0]}, worst {texts[-1]}")
 
 
 def show_table(table, columns, best):

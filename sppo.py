@@ -72,7 +72,7 @@ class Args:
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="Prompts: 'digits' (built in) or a .jsonl file, gzipped or not.")
     judge: str = HfArg(default="digits", help="Who says which response is preferred: 'digits' (built in).")
-    limit: int = HfArg(default=0, help="Use at most this many prompts; 0 means all (5,632 for digits).")
+    limit: int = HfArg(default=0, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
     # algorithm
@@ -120,7 +120,8 @@ COLUMNS = {  # of the line per iterate and of the closing table
     "unfinished": "unfinished",
     "kl": "KL",
     "chosen_log_ratio": "log-ratio chosen",
-    "rejected_log_ratio": "rejected",
+    "rejected_log_ratio": "log-ratio rejected",
+    "pairs": "pairs",
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }
@@ -163,8 +164,9 @@ def sppo_loss(logps, ref_logps, win_rate, eta, log_z=None):
     """
     if eta <= 0:
         raise ValueError(f"eta must be positive, got {eta}")
-    if not logps.shape == ref_logps.shape == win_rate.shape:
-        raise ValueError(f"shapes differ: {tuple(logps.shape)}, {tuple(ref_logps.shape)}, {tuple(win_rate.shape)}")
+    shapes = [tuple(x.shape) for x in (logps, ref_logps, win_rate, log_z) if x is not None]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
     log_ratio = logps - ref_logps
     log_z = eta / 2 if log_z is None else log_z
     return (log_ratio - (eta * win_rate - log_z)) ** 2  # eq. 4.7; with log_z given, eq. 4.5
@@ -182,12 +184,12 @@ def make_pairs(prompts, responses, prefs, args):
     win_rate = win_rates(prefs)
     half = torch.full(win_rate.shape[:1], args.eta / 2)
     log_z = log_partition(win_rate, args.eta) if args.log_z == "estimate" else half
-    mean_score = torch.logit(prefs, eps=1e-6).mean(-1)  # (B, K)
+    mean_score = torch.logit(prefs, eps=1e-6).mean(-1)  # (B, K); a preference of 0 or 1 is a score of -14 or 14
     order = torch.argsort(mean_score, dim=-1, descending=True, stable=True)
     rows = []
     for b, chosen in enumerate(order.tolist()):
         best, worst = chosen[0], chosen[-1]
-        if win_rate[b, best] > win_rate[b, worst] and responses[b][best]["ids"] != responses[b][worst]["ids"]:
+        if mean_score[b, best] > mean_score[b, worst] and responses[b][best]["ids"] != responses[b][worst]["ids"]:
             chosen = chosen if args.pairs == "all" else [best, worst]
             rows.append({**prompts[b], "responses": [responses[b][i] for i in chosen], "log_z": log_z[b].item()})
     return rows
@@ -254,13 +256,14 @@ def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
     messages = [prompt["prompt"] for prompt in held_out]
     texts, finished = ([[r[key] for r in row] for row in rivals] for key in ("text", "finished"))
     metrics = {"iteration": t}
+    prefs = judge_prefs(judge, messages, texts, finished)
     if t:
-        prefs = judge_prefs(judge, messages, texts, finished)
         for name, wins in (("start", prefs[:, 2, 0]), ("previous", prefs[:, 2, 1])):
             metrics[f"win_rate_vs_{name}"] = wins.mean().item()
             metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
         reference, _ = load_policy(previous, policy.device)  # only now, so that it is never beside the optimiser
         rows = ([p["prompt_ids"] for p in held_out], [r["ids"] for r in answers[t]], args.micro_tokens, "KL")
+        # of the policies themselves where --temperature and --top_p are 1; else an estimate from sharper samples
         metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
     metrics |= judge.metrics(messages, [row[2:] for row in texts]) if hasattr(judge, "metrics") else {}
     metrics["length"] = sum(len(r["ids"]) for r in answers[t]) / len(held_out)
@@ -272,12 +275,13 @@ def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
 
 
 def main(args):
-    """Run SPPO; returns the metrics of every iterate, the start first. Raises InputError before anything is written."""
+    """Run SPPO; returns the metrics of every iterate, the start first. Raises InputError when it cannot go on."""
     check_args(args)
     fits = args.targets == "soft" or args.pairs == "extremes"
-    require(fits, "--targets hard: wants --pairs extremes, since only the best and the worst can be 1 and 0")
+    fits = fits and (args.targets == "soft" or args.log_z == "half")
+    require(fits, "--targets hard: wants --pairs extremes and --log_z half, as only the best and worst are 1 and 0")
     run, device = run_folder(args, "sppo"), pick_device(args)
-    judge = load_judge(args.judge)
+    judge = load_judge(args.judge, args.prompts)
     prompts = load_prompts(args.prompts, args.limit, args.seed)
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
@@ -290,6 +294,7 @@ def main(args):
     answers, previous = [], args.model
     table = [evaluate(policy, tokenizer, judge, held_out, answers, previous, args)]
     show(table[0], COLUMNS)
+    write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
@@ -323,12 +328,13 @@ def main(args):
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics["loss_over_eta2"] = metrics["loss"] / args.eta**2
         metrics["tokens_per_second"] = sum(len(r["ids"]) for row in responses for r in row) / sampling_seconds
+        metrics["pairs"] = len(pairs)
         metrics["seconds"] = time.perf_counter() - start
+        previous = str(folder / "policy")
+        save_policy(policy, tokenizer, previous)
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])
-        previous = str(folder / "policy")
-        save_policy(policy, tokenizer, previous)
 
     best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
@@ -336,6 +342,8 @@ def main(args):
     write_json(run / "outputs.json", alpaca_outputs(held_out, answers[best], run.name))
     show_table(table, COLUMNS, best)
     print(f"* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
+    if table[best]["win_rate_vs_start"] < 0.5:
+        print("but even it loses to the start: try a lower --learning_rate or more prompts")
     return table
 
 

@@ -7,6 +7,8 @@ import torch
 import common
 from common import DigitsJudge, InputError, digit_prompts, judge_prefs, load_prompts, split_prompts
 
+DAMAGED = gzip.compress(b"")[:10] + b"\xff" * 50  # a good header, then no deflate stream: zlib.error, not OSError
+
 
 def user(text):
     return [{"role": "user", "content": text}]
@@ -57,6 +59,8 @@ def test_repeated_prompts_are_left_out_and_counted(tmp_path, capsys):
         ('{"prompt": [{"content": "a"}]}', "text or a list"),
         ('{"prompt": [{"role": "user", "content": null}]}', "text or a list"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}', "last message"),
+        ('{"prompt": [{"role": {"a": 1}, "content": "a"}]}', "text or a list"),
+        ('{"prompt": "\\ud800"}', "surrogate"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -69,7 +73,13 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.txt", b"a"), ("p.jsonl", b'{"prompt": "\xff"}'), ("p.jsonl.gz", b"not gzip"), ("none.jsonl", None)],
+    [
+        ("p.txt", b"a"),
+        ("p.jsonl", b'{"prompt": "\xff"}'),
+        ("p.jsonl.gz", b"not gzip"),
+        ("none.jsonl", None),
+        ("p.jsonl.gz", DAMAGED),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content):
     if content is not None:
@@ -177,7 +187,14 @@ def test_a_judge_that_returns_no_preferences_is_refused(answer, message):
 
 def test_unknown_judge():
     with pytest.raises(InputError, match="--judge nobody"):
-        common.load_judge("nobody")
+        common.load_judge("nobody", "digits")
+
+
+def test_the_digits_judge_warns_about_prompts_of_another_kind(capsys):
+    common.load_judge("digits", "digits")
+    assert capsys.readouterr().out == ""
+    common.load_judge("digits", "mine.jsonl")
+    assert "JUDGES in common.py" in capsys.readouterr().out
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def test_loss_rejects_nonsense():
     with pytest.raises(ValueError, match="eta"):
         sppo_loss(one, one, one, 0.0)
     with pytest.raises(ValueError, match="shapes"):
-        sppo_loss(one, one, torch.ones(3), 1.0)  # would broadcast against (2, 1)
+        sppo_loss(one, one, torch.ones(2, 1), 1.0)  # would broadcast to (2, 2)
+    with pytest.raises(ValueError, match="shapes"):
+        sppo_loss(one, one, one, 1.0, log_z=torch.ones(2, 1))
 
 
 def test_hard_labels_are_eq_412():
@@ -81,7 +83,7 @@ def test_the_multiplicative_update_on_the_samples_has_no_loss():
     w, eta = torch.rand(1, 5, dtype=torch.float64), 6.0
     log_pi = torch.log_softmax(math.log(1 / 5) + eta * w, -1)
     loss = sppo_loss(
-        log_pi[0], torch.full((5,), math.log(1 / 5), dtype=torch.float64), w[0], eta, log_partition(w, eta)
+        log_pi[0], torch.full((5,), math.log(1 / 5), dtype=torch.float64), w[0], eta, log_partition(w, eta).expand(5)
     )
     torch.testing.assert_close(loss, torch.zeros(5, dtype=torch.float64), atol=1e-20, rtol=0)
 
@@ -103,7 +105,7 @@ def average_iterate(T, exact_log_z):
     for _ in range(T):
         log_pi_t = torch.log_softmax(theta, 0)
         pi_t, w = log_pi_t.exp(), GAME @ log_pi_t.exp()  # w: P(y > pi_t), exactly
-        log_z = torch.logsumexp(log_pi_t + eta * w, 0) if exact_log_z else None
+        log_z = torch.logsumexp(log_pi_t + eta * w, 0).expand(3) if exact_log_z else None
         total += pi_t
         for _ in range(4):
             theta.requires_grad_()
@@ -144,8 +146,9 @@ def test_pairs_are_the_best_and_the_worst():
 def test_best_and_worst_go_by_the_mean_score_not_by_the_mean_probability():
     """y1 beats y2 by 0.999 and loses to y3 by 0.3: mean probability 0.5997, mean score (6.9 - 0.85) / 3 = 2.02.
     y3 wins twice by 0.7: mean probability 0.633, mean score 0.56."""
-    assert pairs_of([[0.5, 0.999, 0.3], [0.001, 0.5, 0.3], [0.7, 0.7, 0.5]])[0][0] != 3
-    assert win_rates(torch.tensor([[[0.5, 0.999, 0.3], [0.001, 0.5, 0.3], [0.7, 0.7, 0.5]]])).argmax() == 2
+    prefs = [[0.5, 0.999, 0.3], [0.001, 0.5, 0.3], [0.7, 0.7, 0.5]]
+    assert pairs_of(prefs) == [[1, 2]]
+    assert win_rates(torch.tensor([prefs])).argmax() == 2
 
 
 def test_nothing_preferred_or_nothing_different_makes_no_pair():
