@@ -374,6 +374,21 @@ def render(tokenizer, messages):
         return render(tokenizer, [folded, *rest])
 
 
+def encode(tokenizer, messages):
+    """Token ids of the rendered prompt. What users wrote stays text, even where it spells a control token."""
+    contents = [message["content"] for message in messages]
+    if not any(token in content for token in tokenizer.get_added_vocab() for content in contents):
+        return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+    # Render with a mark in place of each content, then tokenise the template's pieces and the contents apart.
+    marks = {f"\ue000{i}\ue001": content for i, content in enumerate(contents)}
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    ids = []
+    for piece in filter(None, re.split("(\ue000[0-9]+\ue001)", render(tokenizer, marked))):
+        text = marks.get(piece, piece)
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=piece in marks).input_ids
+    return ids
+
+
 def encode_prompts(tokenizer, prompts, max_tokens):
     """Render and tokenise: a list of {"prompt", "prompt_ids"}; prompts over `max_tokens` are left out and counted.
 
@@ -386,7 +401,7 @@ def encode_prompts(tokenizer, prompts, max_tokens):
     wants_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     kept = []
     for messages in prompts:
-        ids = tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
+        ids = encode(tokenizer, messages)
         if wants_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
         if 0 < len(ids) <= max_tokens:

@@ -71,7 +71,7 @@ class Args:
     # model and data
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="Prompts: 'digits' (built in) or a .jsonl file, gzipped or not.")
-    judge: str = HfArg(default="digits", help="Who says which response is preferred: 'digits' (built in).")
+    judge: str = HfArg(default="digits", help="Who prefers: a key of JUDGES in common.py; 'digits' is built in.")
     limit: int = HfArg(default=0, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
