@@ -200,7 +200,7 @@ def token_logps(hidden, weight, targets, *, bias=None, scale=1.0, softcap=0.0):
 
     hidden (N, D) and weight (V, D), targets (N,) int64, bias (V,) or None; logits are multiplied by `scale` (Cohere,
     Granite), then soft-capped (Gemma). Returns (N,) float32 (float64 for float64 inputs), nats, differentiable in
-    hidden, weight and bias. At most CHUNK x V logits are alive, never N x V: backward computes them again.
+    hidden, weight and bias. At most CHUNK x V logits are alive: where N is larger, backward computes them again.
     Raises ValueError when the shapes do not fit.
 
     >>> hidden, weight = torch.zeros(1, 2), torch.zeros(4, 2)  # four equal logits
@@ -375,9 +375,10 @@ def render(tokenizer, messages):
 
 
 def encode(tokenizer, messages):
-    """Token ids of the rendered prompt. What users wrote stays text, even where it spells a control token."""
+    """Token ids of the rendered prompt. What users wrote stays text, even where it spells a special token."""
     contents = [message["content"] for message in messages]
-    if not any(token in content for token in tokenizer.get_added_vocab() for content in contents):
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in content for token in special for content in contents):
         return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
     # Render with a mark in place of each content, then tokenise the template's pieces and the contents apart.
     marks = {f"\ue000{i}\ue001": content for i, content in enumerate(contents)}
@@ -392,8 +393,8 @@ def encode(tokenizer, messages):
 def encode_prompts(tokenizer, prompts, max_tokens):
     """Render and tokenise: a list of {"prompt", "prompt_ids"}; prompts over `max_tokens` are left out and counted.
 
-    The text is tokenised once, without special tokens of the tokenizer's own, so that there is exactly one BOS for a
-    model that wants one, whether its template writes it or not.
+    The tokenizer adds no special tokens of its own, so that there is exactly one BOS for a model that wants one,
+    whether its template writes it or not.
     """
     if not tokenizer.chat_template:
         print("this model has no chat template: prompts are given to it as plain text")
@@ -455,7 +456,7 @@ def load_policy(name, device="cpu", context=0):
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or context
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond these, the angles of a row would depend on its batch mates
-        positions = rope["original_max_position_embeddings"]
+        positions = rope.get("original_max_position_embeddings", positions)
     too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
     require(context <= positions, too_long)
     rows = policy.get_input_embeddings().weight.shape[0]
@@ -886,8 +887,8 @@ def load_judge(name, prompts):
     """The judge called `name`, a key of JUDGES, for the prompts called `prompts`. Raises InputError."""
     require(name in JUDGES, f"--judge {name}: unknown; the judges are {', '.join(JUDGES)}")
     if name == "digits" and prompts != "digits":
-        print("--judge digits asks for the digits of a prompt, sorted, and else for silence: try the pipeline with it,")
-        print("but for prompts that mean something put a judge of your own into JUDGES in common.py")
+        print("--judge digits prefers the digits of a prompt, sorted, and where there are none the empty answer;")
+        print("it only shows that the model runs: to train for something, add a judge to JUDGES in common.py")
     return JUDGES[name]()
 
 

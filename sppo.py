@@ -91,7 +91,7 @@ class Args:
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate of RMSprop.")
     warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
-    batch_size: int = HfArg(default=16, help="Prompts per optimiser step, with all their chosen responses.")
+    batch_size: int = HfArg(default=16, help="Prompts per optimiser step; the last of an epoch may have fewer.")
     micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # run
@@ -263,7 +263,7 @@ def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
             metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
         reference, _ = load_policy(previous, policy.device)  # only now, so that it is never beside the optimiser
         rows = ([p["prompt_ids"] for p in held_out], [r["ids"] for r in answers[t]], args.micro_tokens, "KL")
-        # of the policies themselves where --temperature and --top_p are 1; else an estimate from sharper samples
+        # E_{y ~ pi_{t+1}} of the log-ratio: the KL if --temperature and --top_p are 1, else sharper samples estimate it
         metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
     metrics |= judge.metrics(messages, [row[2:] for row in texts]) if hasattr(judge, "metrics") else {}
     metrics["length"] = sum(len(r["ids"]) for r in answers[t]) / len(held_out)
@@ -277,8 +277,7 @@ def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
 def main(args):
     """Run SPPO; returns the metrics of every iterate, the start first. Raises InputError when it cannot go on."""
     check_args(args)
-    fits = args.targets == "soft" or args.pairs == "extremes"
-    fits = fits and (args.targets == "soft" or args.log_z == "half")
+    fits = args.targets == "soft" or (args.pairs == "extremes" and args.log_z == "half")
     require(fits, "--targets hard: wants --pairs extremes and --log_z half, as only the best and worst are 1 and 0")
     run, device = run_folder(args, "sppo"), pick_device(args)
     judge = load_judge(args.judge, args.prompts)
@@ -301,7 +300,7 @@ def main(args):
         # Alg. 1, line 3: K responses per prompt from pi_t
         responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
         sampling_seconds = time.perf_counter() - start
-        # Alg. 1, line 4: P(y_k > y_k') for all k, k', and with it the win rate of each response against pi_t
+        # Alg. 1, line 4: P(y_k > y_k') for all k, k'; its mean over k' is line 5's win rate against pi_t
         texts, finished = ([[r[key] for r in row] for row in responses] for key in ("text", "finished"))
         prefs = judge_prefs(judge, [prompt["prompt"] for prompt in prompts], texts, finished)  # (B, K, K)
         attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())

@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 import common  # noqa: E402
 
@@ -25,3 +26,12 @@ def workdir(tmp_path, monkeypatch, tiny_cache):
     (tmp_path / "runs").symlink_to(tiny_cache)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors are tiny here: a second thread only waits, and for long when the other core is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

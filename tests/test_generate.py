@@ -63,13 +63,7 @@ LENGTHS = [1, 12, 5, 2, 9, 5]
 PROMPTS = [random.Random(length * n).choices(range(V), k=length) for n, length in enumerate(LENGTHS)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny here: a second thread only waits, and for long when the other core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(config_class, settings):

@@ -54,13 +54,7 @@ PROMPTS = [[0, 5, 9, 40], [0], [7, 7, 7, 7, 7, 7, 2, 40]]
 RESPONSES = [[8, 9, 1], [4, 4, 4, 4, 4, 4, 4, 1], [99]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny here: a second thread only waits, and for long when the other core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(config_class, settings=(), seed=0):
@@ -501,3 +495,12 @@ def test_hostile_text_is_still_all_there(content):
     tokenizer = byte_level_tokenizer()
     ids = common.encode(tokenizer, [{"role": "user", "content": content}])
     assert tokenizer.decode(ids) == f"<s><|user|>user: {content}\n"
+
+
+def test_an_added_token_that_is_no_special_one_changes_nothing():
+    """GPT-NeoX adds runs of spaces to its vocabulary: such prompts are tokenised whole, like all others."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["  "])
+    messages = [{"role": "user", "content": " who  are you"}]
+    whole = tokenizer(common.render(tokenizer, messages), add_special_tokens=False).input_ids
+    assert common.encode(tokenizer, messages) == whole and tokenizer.convert_tokens_to_ids("  ") in whole
