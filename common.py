@@ -4,11 +4,13 @@ Each section depends only on those above it, so that any of them can be copied o
 
     1. Arguments and the run folder    a dataclass -> command line; bad input -> one line and exit code 2
     2. Log-probs                       token_logps, response_logps: sums over response tokens, EOS in, float32
-    3. Data                            prompts from a file or the built-in digits; chat template -> token ids
-    4. Models                          load_policy, save_policy, and how the built-in `tiny` is made
-    5. Generation                      generate: K samples per prompt from a KV cache whose rows are refilled
-    6. Judges                          preference matrices prefs[b, i, j] = P(y_i > y_j)
-    7. In the scripts' main            sampling under Args, tables
+    3. Optimiser                       SplitMaster: RMSprop and AdamW for bf16 weights with an exact float32 master
+    4. Data                            prompts from a file or the built-in digits; chat template -> token ids
+    5. Models                          load_policy, save_policy, and how the built-in `tiny` is made
+    6. Generation                      generate: K samples per prompt from a KV cache whose rows are refilled
+    7. Judges                          preference matrices prefs[b, i, j] = P(y_i > y_j)
+    8. Plan                            plan_run: what a run takes, said before it starts
+    9. In the scripts' main            sampling under Args, tables
 
 Shapes: B sequences, K samples per prompt, T tokens, V vocabulary, D hidden, N response tokens, S rows ("slots") of
 the generator. Log-probs are in nats. A prompt is a list of chat messages, {"role", "content"}, before it is token ids.
@@ -18,8 +20,10 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -27,18 +31,26 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:  # comes with torch's CUDA builds
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:
+    triton, constexpr = None, int
 
 transformers.logging.set_verbosity_error()  # their notices are about things decided here on purpose
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub that is away is one line, not eleven
@@ -184,24 +196,177 @@ def write_jsonl(path, rows):
 # 2. Log-probs
 # ------------------------------------------------------------------------------------------------------------------
 
-CHUNK = 1024  # rows of logits alive at a time: CHUNK x V float32, 0.5 GB at V = 128k
+CHUNK = {"cpu": 512, "cuda": 1024}  # rows of logits alive at a time
+KEEP = 2**29  # bytes: N x V slopes up to this size are kept for backward; where they are more, they are computed again
+
+
+def _jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+def _wide_mm(a, b, out=None):
+    """a (n, d) @ b (d, m) in float32 or better; bf16 logits would be off by up to 0.06 nats a token."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32 and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def head_logits(hidden, weight, bias=None, scale=1.0, softcap=0.0):
     """Vocabulary logits in float32 or better: hidden (N, D), weight (V, D), bias (V,) or None -> (N, V)."""
-    # bf16 logits would be off by up to 0.06 nats a token, so bf16 is widened before the product.
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * scale
+    logits = _wide_mm(hidden, weight.T)
+    logits = (logits if bias is None else logits + bias) * scale
     return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def row_logps(logits, targets, bias, scale, softcap, slopes=None):
+    """From raw products hidden @ weight.T to log-probs; overwrites `logits` (n, V), float32 or better -> logps (n,).
+
+    slopes (n, V), any dtype, may be `logits` itself: filled with -d logp / d raw product, softmax - onehot if there is
+    neither scale nor soft-cap. row_logps_triton is the same in one kernel.
+    """
+    if bias is not None:
+        logits += bias
+    if scale != 1:
+        logits *= scale
+    if softcap:
+        logits.div_(softcap).tanh_()
+        bend = scale * (1 - logits**2)
+        logits *= softcap
+    logps = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
+    if slopes is not None:
+        # The target's own slope p - 1 as expm1(log p): exact to the last digits where p is near 1.
+        logits.exp_().scatter_(1, targets[:, None], torch.expm1(logps))
+        if softcap or scale != 1:
+            logits *= bend if softcap else scale
+        if slopes.data_ptr() != logits.data_ptr():
+            slopes.copy_(logits)
+    return logps[:, 0]
+
+
+@_jit
+def _load_logits(row, bias, column, V, scale, softcap, BIAS: constexpr, SOFTCAP: constexpr):
+    """A tile of one row: its logits, -inf behind the last, and their derivative by the raw products."""
+    x = tl.load(row + column, mask=column < V, other=0.0)
+    if BIAS:
+        x += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)
+    x *= scale
+    bend = x * 0 + scale
+    if SOFTCAP:
+        t = 2 * tl.sigmoid(2 * x / softcap) - 1  # tanh(x / softcap)
+        x = softcap * t
+        bend = scale * (1 - t * t)
+    return tl.where(column < V, x, -float("inf")), bend
+
+
+@_jit
+def _row_kernel(
+    logits, targets, bias, logps, slopes, V, scale, softcap,
+    BIAS: constexpr, SOFTCAP: constexpr, SLOPES: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """row_logps of one row per program: a first reading for the largest logit and the sum, a second for the slopes."""
+    n = tl.program_id(0).to(tl.int64)
+    row, target = logits + n * V, tl.load(targets + n)
+    peak, total, picked = -float("inf"), 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x, _ = _load_logits(row, bias, column, V, scale, softcap, BIAS, SOFTCAP)
+        picked += tl.sum(tl.where(column == target, x, 0.0))
+        higher = tl.maximum(peak, tl.max(x))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher))
+        peak = higher
+    logp = picked - peak - tl.log(total)
+    tl.store(logps + n, logp)
+    if SLOPES:
+        p = tl.exp(logp)  # expm1(logp) as Kahan writes it, (p - 1) logp / log p: no digit is lost near p = 1
+        inside = (p > 0.0) & (p < 1.0)
+        at_target = tl.where(inside, (p - 1.0) * logp / tl.log(tl.where(inside, p, 0.5)), tl.maximum(logp, -1.0))
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x, bend = _load_logits(row, bias, column, V, scale, softcap, BIAS, SOFTCAP)
+            slope = tl.where(column == target, at_target, tl.exp(x - peak) / total) * bend
+            tl.store(slopes + n * V + column, slope.to(slopes.dtype.element_ty), mask=column < V)
+
+
+def row_logps_triton(logits, targets, bias, scale, softcap, slopes=None):
+    """row_logps for float32 logits on a CUDA GPU, in one kernel."""
+    logps = logits.new_empty(len(logits))
+    absent = logits  # stands for a pointer that is not followed
+    _row_kernel[(len(logits),)](
+        logits, targets, absent if bias is None else bias, logps, absent if slopes is None else slopes,
+        logits.shape[1], scale, softcap,
+        BIAS=bias is not None, SOFTCAP=softcap > 0, SLOPES=slopes is not None, BLOCK=4096, num_warps=16,
+    )  # fmt: skip
+    return logps
+
+
+def _chunk_logps(hidden, weight, targets, bias, scale, softcap, room, slopes=True):
+    """logps (n,) of one chunk; overwrites `room` (n, V), of the weights' dtype, with the slopes if they are wanted."""
+    wide = weight.dtype == torch.promote_types(weight.dtype, torch.float32)
+    logits = _wide_mm(hidden, weight.T, out=room if wide else None)
+    rows = row_logps_triton if triton and logits.is_cuda and logits.dtype == torch.float32 else row_logps
+    return rows(logits, targets, bias, scale, softcap, room if slopes else None)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Three matrix products, forward and backward together: the least there is.
+
+    d logp / d logits = onehot - softmax does not depend on the gradient g (N,) that comes back. So forward overwrites
+    the logits with it, and backward only multiplies: no pass over N x V, as g goes to the small factor.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, scale, softcap, wanted):
+        keep = wanted and len(hidden) * weight.shape[0] * weight.dtype.itemsize <= KEEP
+        size = CHUNK[hidden.device.type]
+        room = weight.new_empty(len(hidden) if keep else min(size, len(hidden)), len(weight))
+        logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for i in range(0, len(hidden), size):
+            x, y = hidden[i : i + size], targets[i : i + size]
+            slopes = room[i : i + size] if keep else room[: len(x)]
+            logps[i : i + size] = _chunk_logps(x, weight, y, bias, scale, softcap, slopes, keep)
+        if wanted:
+            ctx.save_for_backward(hidden, weight, targets, bias, room if keep else None)
+            ctx.settings = scale, softcap
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        hidden, weight, targets, bias, slopes = ctx.saved_tensors
+        g = -g[:, None]  # (N, 1)
+        g_hidden = (g * hidden).to(weight.dtype)
+        if slopes is not None:
+            hidden_grad, weight_grad = (slopes @ weight).mul_(g), slopes.T @ g_hidden
+            bias_grad = None if bias is None else g[:, 0].to(slopes.dtype) @ slopes
+            return hidden_grad, weight_grad, None, bias_grad, None, None, None
+        size, hidden_grad = CHUNK[hidden.device.type], torch.empty_like(hidden)
+        # Sums over chunks: in bf16 the small terms would be lost.
+        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        bias_grad = None if bias is None else weight_grad.new_zeros(len(weight))
+        room = weight.new_empty(min(size, len(hidden)), len(weight))
+        for i in range(0, len(hidden), size):
+            x, y = hidden[i : i + size], targets[i : i + size]
+            slopes = room[: len(x)]
+            _chunk_logps(x, weight, y, bias, *ctx.settings, slopes)
+            hidden_grad[i : i + size] = (slopes @ weight).mul_(g[i : i + size])
+            if slopes.dtype == weight_grad.dtype:
+                weight_grad.addmm_(slopes.T, g_hidden[i : i + size])
+            else:
+                weight_grad += _wide_mm(slopes.T, g_hidden[i : i + size])
+            if bias is not None:
+                bias_grad += g[i : i + size, 0].to(bias_grad.dtype) @ slopes.to(bias_grad.dtype)
+        bias_grad = None if bias is None else bias_grad.to(bias.dtype)
+        return hidden_grad, weight_grad.to(weight.dtype), None, bias_grad, None, None, None
 
 
 def token_logps(hidden, weight, targets, *, bias=None, scale=1.0, softcap=0.0):
     """Log-probability of each target token under the head: log softmax(head(hidden))[target].
 
     hidden (N, D) and weight (V, D), targets (N,) int64, bias (V,) or None; logits are multiplied by `scale` (Cohere,
-    Granite), then soft-capped (Gemma). Returns (N,) float32 (float64 for float64 inputs), nats, differentiable in
-    hidden, weight and bias. At most CHUNK x V logits are alive: where N is larger, backward computes them again.
-    Raises ValueError when the shapes do not fit.
+    Granite), then soft-capped (Gemma). Returns (N,) float32 (float64 for float64 inputs), nats, differentiable (once)
+    in hidden, weight and bias. Beside them it holds CHUNK x V logits, and for backward N x V slopes in the weights'
+    dtype if these are at most KEEP bytes. Raises ValueError when the shapes do not fit.
 
     >>> hidden, weight = torch.zeros(1, 2), torch.zeros(4, 2)  # four equal logits
     >>> round(token_logps(hidden, weight, torch.tensor([3])).item(), 6)  # log(1/4)
@@ -211,15 +376,8 @@ def token_logps(hidden, weight, targets, *, bias=None, scale=1.0, softcap=0.0):
     if not fits:
         shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
         raise ValueError(f"token_logps wants hidden (N, D), weight (V, D), targets (N,), got {shapes}")
-
-    def chunk_logps(hidden, targets):
-        logits = head_logits(hidden, weight, bias, scale, softcap)  # (n, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-    if len(targets) <= CHUNK:
-        return chunk_logps(hidden, targets)
-    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([checkpoint(chunk_logps, h, t, use_reentrant=False) for h, t in pieces])
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return _TokenLogps.apply(hidden, weight, targets, bias, scale, softcap, wanted)
 
 
 def lm_head(policy):
@@ -233,42 +391,128 @@ def lm_head(policy):
     }
 
 
+def attention_masks(policy, visible, query, key):
+    """The 4-D mask that the layers want: (S, 1, Q, K), or a dict of two by layer type.
+
+    visible: bool (S, Q, K), the keys that a query may see if no window forbids it; query (S, Q) and key (S, K) are
+    their positions, of which a layer with a sliding window sees the last few.
+    """
+    config = policy.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    near = visible if window is None else visible & (key[:, None, :] > query[:, :, None] - window)
+    masks = {"full_attention": visible[:, None], "sliding_attention": near[:, None]}  # the same without a window
+    if config._attn_implementation == "eager":  # adds the mask to the scores
+        lowest = torch.finfo(policy.dtype).min
+        masks = {name: torch.zeros_like(m, dtype=policy.dtype).masked_fill(~m, lowest) for name, m in masks.items()}
+    if len(types) > 1:
+        return masks
+    return masks[types.pop() if types else "sliding_attention"]
+
+
+def only_plain_attention(policy):
+    """Whether attention_masks knows all of this model's layer types; GPT-Neo calls them attention_layers."""
+    config = policy.config.get_text_config()
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+    return set(types) <= {"full_attention", "sliding_attention"}
+
+
 def response_logps(policy, prompts, responses):
     """log pi(y|x) of each response: the sum over its tokens, EOS included, prompt and padding excluded.
 
-    prompts, responses: B lists of token ids, none empty. Returns (B,) float32, nats, differentiable. Rows are padded on
-    the right without an attention mask: under causal attention no token sees the padding behind it. Prompt tokens never
-    reach the head. Call policy.eval() first (load_policy does): dropout would make a log-ratio noise.
+    prompts, responses: B lists of token ids, none empty. Returns (B,) float32, nats, differentiable. Consecutive equal
+    prompts are computed once where the architecture allows it (shares_prompts). Rows are padded on the right without an
+    attention mask: under causal attention no token sees the padding behind it. Prompt tokens never reach the head.
+    Call policy.eval() first (load_policy does): dropout would make a log-ratio noise.
     Raises ValueError for an empty prompt or response.
     """
     if not len(prompts) == len(responses) > 0 or not all(map(len, prompts)) or not all(map(len, responses)):
         raise ValueError("response_logps wants as many responses as prompts, each of at least one token")
     device = policy.get_input_embeddings().weight.device
-    rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, responses, strict=True)]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # (B, T); any pad id will do, so 0
-    starts = torch.tensor([len(x) for x in prompts], device=device)[:, None]
-    ends = torch.tensor([len(row) for row in rows], device=device)[:, None]
-    position = torch.arange(ids.shape[1], device=device)
-    response_mask = (starts <= position) & (position < ends)  # (B, T), from lengths: pad may be EOS
-    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    # The token at position t is predicted by the hidden state at t - 1.
-    logps = token_logps(hidden[:, :-1][response_mask[:, 1:]], targets=ids[response_mask], **lm_head(policy))  # (N,)
-    row_of_token = response_mask.nonzero()[:, 0]
-    return logps.new_zeros(len(rows)).index_add(0, row_of_token, logps)
+    # A row is prompt | response, or prompt | response 1 | response 2 | ..., where each response continues the positions
+    # of the prompt and sees the prompt (piece 0) and itself.
+    ids, position, piece, before, targets, owner = [], [], [], [], [], []
+    groups = prompt_groups(policy, prompts)
+    for row, group in enumerate(groups):
+        prompt = prompts[group[0]]
+        ids.append(list(prompt)), position.append(list(range(len(prompt)))), piece.append([0] * len(prompt))
+        for n, i in enumerate(group, 1):
+            y, start = responses[i], len(ids[row])
+            before += [
+                (row, len(prompt) - 1),
+                *((row, start + t) for t in range(len(y) - 1)),
+            ]  # who predicts y's tokens
+            targets += y
+            owner += [i] * len(y)
+            ids[row] += y
+            position[row] += range(len(prompt), len(prompt) + len(y))
+            piece[row] += [n] * len(y)
+    ids, position, piece = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        for rows in (ids, position, piece)
+    )  # (rows, T) each; any id will do for padding, so 0
+    inputs = {"input_ids": ids}
+    if len(groups) < len(prompts):
+        time = torch.arange(ids.shape[1], device=device)
+        visible = (piece[:, None] == 0) | (piece[:, None] == piece[:, :, None])  # (rows, T, T): query, key
+        visible &= time <= time[:, None]
+        inputs |= {"position_ids": position, "attention_mask": attention_masks(policy, visible, position, position)}
+    hidden = policy.base_model(**inputs, use_cache=False).last_hidden_state  # (rows, T, D)
+    row, time = torch.tensor(before, device=device).T
+    logps = token_logps(hidden[row, time], targets=torch.tensor(targets, device=device), **lm_head(policy))  # (N,)
+    return logps.new_zeros(len(prompts)).index_add(0, torch.tensor(owner, device=device), logps)
 
 
-def micro_batches(lengths, max_tokens):
-    """Group rows of similar length so that a group, padded, has at most `max_tokens` tokens; a longer row goes alone.
+def prompt_groups(policy, prompts):
+    """Indices of `prompts` in order, consecutive equal ones together if the policy can share them, else each alone."""
+    if not shares_prompts(policy):
+        return [[i] for i in range(len(prompts))]
+    return [list(group) for _, group in itertools.groupby(range(len(prompts)), key=lambda i: prompts[i])]
 
-    >>> micro_batches([3, 9, 4, 8], max_tokens=18)
-    [[0, 2], [3, 1]]
+
+def shares_prompts(policy):
+    """Whether prompt | response | response in one row gives this architecture's own numbers; found by trying, once."""
+    if not hasattr(policy, "_shares_prompts"):
+        apart = [[1, 2, 3, 4], [1, 2, 3, 4]], [[3, 1, 2], [2, 2]]
+        with torch.no_grad():
+            policy._shares_prompts = False
+            right = response_logps(policy, *apart)
+            try:
+                policy._shares_prompts = only_plain_attention(policy)
+                error = (response_logps(policy, *apart) - right).abs().max() / right.abs().max()
+                policy._shares_prompts = policy._shares_prompts and bool(error < 0.01)
+            except Exception:  # whatever an unknown architecture raises on an unknown mask
+                policy._shares_prompts = False
+    return policy._shares_prompts
+
+
+def use_checkpointing(policy):
+    """Keep only each layer's input for backward and compute its inside again: a third more work, far less memory."""
+
+    def checkpointed(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    for layer in policy.modules():  # transformers' own switch wants policy.train(), which would turn on dropout
+        if isinstance(layer, GradientCheckpointingLayer) and not hasattr(layer.forward, "func"):
+            layer.forward = partial(checkpointed, layer.forward)
+
+
+def micro_batches(policy, prompts, responses, max_tokens):
+    """Cut rows of similar length into parts for response_logps that have, padded, at most `max_tokens` tokens.
+
+    Returns lists of indices. Consecutive equal prompts stay together if the policy can share them; a row that is longer
+    than max_tokens goes alone.
     """
-    batches = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if not batches or (len(batches[-1]) + 1) * lengths[row] > max_tokens:  # sorted: this row is the longest so far
+    groups = prompt_groups(policy, prompts)
+    lengths = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
+    batches = []  # lists of groups
+    for n in sorted(range(len(groups)), key=lambda n: lengths[n]):
+        if not batches or (len(batches[-1]) + 1) * lengths[n] > max_tokens:  # sorted: this row is the longest so far
             batches.append([])
-        batches[-1].append(row)
-    return batches
+        batches[-1].append(groups[n])
+    return [[i for group in batch for i in group] for batch in batches]
 
 
 @torch.no_grad()
@@ -276,14 +520,172 @@ def score(policy, prompts, responses, max_tokens, desc="scoring"):
     """response_logps of any number of rows, without gradients, `max_tokens` at a time: (B,) float32 on the CPU."""
     logps = torch.empty(len(prompts))
     with tqdm(total=len(prompts), desc=desc, unit="row", leave=False, disable=None) as bar:
-        for rows in micro_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], max_tokens):
+        for rows in micro_batches(policy, prompts, responses, max_tokens):
             logps[rows] = response_logps(policy, [prompts[i] for i in rows], [responses[i] for i in rows]).cpu()
             bar.update(len(rows))
     return logps
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 3. Data
+# 3. Optimiser
+# ------------------------------------------------------------------------------------------------------------------
+
+SLICE = 2**22  # elements of a parameter that are in float32 at a time
+
+
+def join_master(weight, remainder):
+    """The float32 master of a bf16 weight and its int16 remainder: their bits, those of the weight in the high half."""
+    return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
+
+
+def split_master(master):
+    """float32 -> (the nearest bf16, int16 remainder), of which join_master makes the very same float32."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def round_stochastically(x, generator):
+    """float32 -> bf16, up or down so that the mean is right; to nearest, 0.999 v would be v again and never fall."""
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+@_jit
+def _round_stochastically(x, seed, i):
+    noise = tl.randint(seed, i) & 0xFFFF
+    return ((x.to(tl.int32, bitcast=True) + noise.to(tl.int32)) >> 16).to(tl.int16)
+
+
+@_jit
+def _master_kernel(
+    weight, remainder, grad, first, second, n, lr, beta1_left, beta2, beta2_left, correction, eps, decay, seed,
+    FIRST: constexpr, ROUND: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """SplitMaster.update of BLOCK elements per program, in one reading and one writing, operation for operation."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    bits = (tl.load(weight + i, mask=mask, other=0).to(tl.int32) << 16) + tl.load(remainder + i, mask=mask, other=0)
+    master = bits.to(tl.float32, bitcast=True)
+    g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
+    direction = g
+    if FIRST:
+        direction = tl.load(first + i, mask=mask, other=0)
+        if ROUND:
+            direction = (direction.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        direction += beta1_left * (g - direction)
+        tl.store(first + i, _round_stochastically(direction, seed + 1, i) if ROUND else direction, mask=mask)
+    v = tl.load(second + i, mask=mask, other=0)
+    if ROUND:
+        v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    v = tl.fma(beta2_left * g, g, v * beta2)  # as torch's addcmul
+    tl.store(second + i, _round_stochastically(v, seed, i) if ROUND else v, mask=mask)
+    denominator = tl.div_rn(tl.sqrt_rn(v), correction) + eps
+    master = master * decay + tl.div_rn(lr * direction, denominator)
+    bits = master.to(tl.int32, bitcast=True)
+    high = (bits + 0x8000) >> 16
+    tl.store(weight + i, high.to(tl.int16), mask=mask)
+    tl.store(remainder + i, (bits - (high << 16)).to(tl.int16), mask=mask)
+
+
+class SplitMaster(torch.optim.Optimizer):
+    """RMSprop or AdamW for bf16 parameters, on a float32 master that takes two more bytes.
+
+    The spacing of bf16 at 0.02 is 1.2e-4, so that an update of 5e-7 would vanish. Here each parameter p is the rounded
+    high half of its master and p.master_remainder (int16) the rest; p outlives the optimiser and so does its master.
+    params: bf16 parameters; rule: "rmsprop" or "adamw", torch.optim's with the same names and defaults. With float32
+    `moments` the master is torch.optim's float32 parameter bit for bit; with bf16 they are rounded stochastically.
+    Bytes per parameter with its gradient: RMSprop 8 (10 with float32 moments), AdamW 10 (14).
+    """
+
+    def __init__(self, params, lr, rule="rmsprop", *, alpha=0.99, betas=(0.9, 0.999), eps=1e-8, weight_decay=None,
+                 moments=torch.bfloat16):  # fmt: skip
+        if rule not in ("rmsprop", "adamw"):
+            raise ValueError(f"rule must be 'rmsprop' or 'adamw', got {rule!r}")
+        weight_decay = {"rmsprop": 0.0, "adamw": 0.01}[rule] if weight_decay is None else weight_decay
+        super().__init__(params, {"lr": lr, "alpha": alpha, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.rule = rule
+        for n, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p.dtype != torch.bfloat16:
+                raise ValueError(f"SplitMaster is for bf16 parameters, got {p.dtype}")
+            if not hasattr(p, "master_remainder"):
+                p.master_remainder = torch.zeros_like(p, dtype=torch.int16)
+            self.state[p] = {"step": 0, "number": n, "second": torch.zeros_like(p, dtype=moments)}
+            if rule == "adamw":
+                self.state[p]["first"] = torch.zeros_like(p, dtype=moments)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] += 1
+                    (self.update_triton if triton and p.is_cuda else self.update)(
+                        p, state, **self.numbers(group, state)
+                    )
+
+    def numbers(self, group, state):
+        """The scalars of this step. RMSprop is AdamW without the first moment, the corrections and the decay."""
+        seed = (state["step"] << 20) + 2 * state["number"]  # a step's random numbers are its own
+        lr, eps = group["lr"], group["eps"]
+        if self.rule == "rmsprop":
+            beta2 = group["alpha"]
+            return {"lr": -lr, "beta1": 0.0, "beta2": beta2, "correction": 1.0, "eps": eps, "decay": 1.0, "seed": seed}
+        (beta1, beta2), t = group["betas"], state["step"]
+        lr, correction, decay = lr / (1 - beta1**t), (1 - beta2**t) ** 0.5, 1 - lr * group["weight_decay"]
+        return {
+            "lr": -lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "correction": correction,
+            "eps": eps,
+            "decay": decay,
+            "seed": seed,
+        }
+
+    @staticmethod
+    def update(p, state, lr, beta1, beta2, correction, eps, decay, seed):
+        """Plain version: SLICE elements at a time, so that nothing of the parameter's size is allocated."""
+        generator = torch.Generator(p.device).manual_seed(seed)
+        flat = [x.view(-1) for x in (p.data, p.master_remainder, p.grad.contiguous(), state["second"])]
+        first = state["first"].view(-1) if "first" in state else None
+        for i in range(0, p.numel(), SLICE):
+            weight, remainder, grad, second = (x[i : i + SLICE] for x in flat)
+            master, grad, v = join_master(weight, remainder), grad.float(), second.float()
+            direction = grad
+            if first is not None:
+                direction = first[i : i + SLICE].float().lerp_(grad, 1 - beta1)
+                rounded = direction if first.dtype == torch.float32 else round_stochastically(direction, generator)
+                first[i : i + SLICE] = rounded
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            second.copy_(v if second.dtype == torch.float32 else round_stochastically(v, generator))
+            denominator = (v.sqrt() / correction).add_(eps)
+            weight[:], remainder[:] = split_master(master.mul_(decay).addcdiv_(direction, denominator, value=lr))
+
+    @staticmethod
+    def update_triton(p, state, lr, beta1, beta2, correction, eps, decay, seed):
+        """The same in one kernel, without temporaries."""
+        second, rounded = state["second"], state["second"].dtype == torch.bfloat16
+        first = state.get("first", second)
+        as_bits = (lambda x: x.view(torch.int16)) if rounded else (lambda x: x)
+        _master_kernel[(triton.cdiv(p.numel(), 1024),)](
+            p.data.view(torch.int16), p.master_remainder, p.grad.contiguous(), as_bits(first), as_bits(second),
+            p.numel(), lr, 1 - beta1, beta2, 1 - beta2, correction, eps, decay, seed & 0x7FFFFFFF,
+            FIRST="first" in state, ROUND=rounded, BLOCK=1024, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def make_optimizer(policy, rule, lr):
+    """rule, "rmsprop" or "adamw", for the policy's parameters: torch.optim's in float32, SplitMaster in bf16."""
+    if policy.dtype == torch.bfloat16:
+        return SplitMaster(policy.parameters(), lr, rule)
+    return {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[rule](policy.parameters(), lr)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4. Data
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +816,7 @@ def encode_prompts(tokenizer, prompts, max_tokens):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4. Models
+# 5. Models
 # ------------------------------------------------------------------------------------------------------------------
 
 MODELS = {
@@ -429,29 +831,47 @@ MODELS = {
 }
 
 
-def load_policy(name, device="cpu", context=0):
+def load_config(name):
+    """The configuration of --model: a key of MODELS, a folder, or a hub id. Raises InputError."""
+    try:
+        return AutoConfig.from_pretrained(tiny_policy() if name == "tiny" else MODELS.get(name, name))
+    except Exception as error:
+        raise _not_loaded(name, error) from None
+
+
+def _not_loaded(name, error):
+    """The InputError for whatever transformers raised: OSError, ValueError, KeyError, ...: the remedy is the same."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    where = "" if os.path.exists(name) else " (a local folder works without a network)"
+    return InputError(f"--model {name}: cannot be loaded as a causal LM: {reason}{where}")
+
+
+def load_policy(name, device="cpu", context=0, dtype=None):
     """Load a causal LM and its tokenizer: (policy, tokenizer), policy in eval mode on `device`.
 
-    name: a key of MODELS, a folder, or a hub id. float32 on the CPU, bf16 on CUDA. safetensors only, no remote code.
+    name: a key of MODELS, a folder, or a hub id. dtype: by default float32 on the CPU, bf16 on CUDA. A folder's
+    master.safetensors brings back the float32 master exactly. safetensors only, no remote code.
     Raises InputError when it cannot be loaded, has fewer than `context` positions, no EOS, or a head that token_logps
     would get wrong.
     """
     path = tiny_policy() if name == "tiny" else MODELS.get(name, name)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    config = load_config(name)
     try:
-        config = AutoConfig.from_pretrained(path)
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         attention = {"attn_implementation": "eager"} if softcap else {}  # sdpa cannot cap the scores (Gemma-2)
         tokenizer = AutoTokenizer.from_pretrained(path)
         settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
         policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ...: the remedy is the same
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        where = "" if os.path.exists(path) else " (a local folder works without a network)"
-        raise InputError(f"--model {name}: cannot be loaded as a causal LM: {reason}{where}") from None
+        _load_master(policy, Path(path) / MASTER)
+    except Exception as error:
+        raise _not_loaded(name, error) from None
     missing = min(report["missing_keys"], default="")  # transformers fills these with random numbers
     require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")
-    policy.to(device).eval()  # eval for good: dropout has no place in any log-prob here, training included
+    for p in policy.to(device).parameters():
+        if hasattr(p, "master_remainder"):
+            p.master_remainder = p.master_remainder.to(device)
+    policy.eval()  # eval for good: dropout has no place in any log-prob here, training included
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS, so no answer could end")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or context
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -482,11 +902,30 @@ def stop_ids(policy, tokenizer):
     return sorted({tokenizer.eos_token_id, *more})
 
 
+MASTER = "master.safetensors"  # beside bf16 weights: parameter name -> int16, the low half of its float32 master
+
+
 def save_policy(policy, tokenizer, folder):
-    """Write weights and tokenizer to `folder`, which AutoModelForCausalLM.from_pretrained(folder) then loads."""
+    """Write weights and tokenizer to `folder`, which AutoModelForCausalLM.from_pretrained(folder) then loads.
+
+    Of a policy that SplitMaster trained, MASTER holds what bf16 leaves out, so that load_policy loses nothing.
+    """
     with aside(folder) as part:
         policy.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        rests = {n: p.master_remainder for n, p in policy.named_parameters() if hasattr(p, "master_remainder")}
+        if rests:
+            save_file(rests, part / MASTER)
+
+
+def _load_master(policy, file):
+    """Join the remainders in `file`, if it is there, to the parameters: float32 ones become the master itself."""
+    rests = load_file(file) if file.is_file() else {}
+    for name, p in policy.named_parameters() if rests else ():
+        if p.dtype == torch.float32:
+            p.data = join_master(p.data.bfloat16(), rests[name].view_as(p))
+        else:
+            p.master_remainder = rests[name].view_as(p)
 
 
 TINY = {  # the recipe of `tiny`; it is also the key of its cache, so that a changed recipe is a new model
@@ -567,7 +1006,7 @@ def _checksum(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 5. Generation
+# 6. Generation
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -577,6 +1016,10 @@ class Response:
 
     ids: list[int]
     finished: bool
+
+
+LOOKS = {"cpu": 1, "cuda": 8}  # tokens that are decoded before the host looks which responses have ended
+BUCKETS = {"cpu": 1, "cuda": 128}  # the keys that a step attends to are rounded up to this, as each number is a graph
 
 
 class SlotLayer(CacheLayerMixin):
@@ -633,23 +1076,6 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self.pos, self.rows = self.pos[rows], self.rows[: len(rows)]
-
-
-def attention_masks(policy, pos, view):
-    """Which keys [0, view) the query of each row, at pos (S,), may see: (S, 1, 1, view), or a dict by layer type."""
-    config = policy.config.get_text_config()
-    types = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    key = torch.arange(view, device=pos.device)
-    full = (key <= pos[:, None])[:, None, None]
-    near = full if window is None else full & (key > pos[:, None] - window)[:, None, None]
-    masks = {"full_attention": full, "sliding_attention": near}  # the same without a window
-    if config._attn_implementation == "eager":  # adds the mask to the scores
-        lowest = torch.finfo(policy.dtype).min
-        masks = {name: torch.zeros_like(m, dtype=policy.dtype).masked_fill(~m, lowest) for name, m in masks.items()}
-    if len(types) > 1:
-        return masks
-    return masks[types.pop() if types else "sliding_attention"]
 
 
 def sample_tokens(logits, uniform, temperature, top_p):
@@ -731,20 +1157,40 @@ def generate(
     head, device = lm_head(policy), policy.device
     eos = torch.tensor(eos_ids, device=device)
     slots = min(slots, len(prompts) * k)
-    capacity = max(map(len, prompts)) + max_new_tokens
+    looks, bucket = LOOKS[device.type], BUCKETS[device.type]
+    longest = max(map(len, prompts)) + max_new_tokens
     out = [[None] * k for _ in prompts]
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # prompts to prefill, shortest last
     prefilled, waiting = None, []  # a few prompts' keys and values; those of their samples that have no row yet
     owner, idle = {}, list(range(slots))  # row -> (prompt index, sample index); the rows that have no sample
-    tokens = torch.zeros(slots, max_new_tokens, dtype=torch.long, device=device)
-    noise = torch.zeros(slots, max_new_tokens, device=device)  # the random numbers of the row's sample
+    # What decoding changes stays on the device. The last column takes what a row writes after its end.
+    tokens = torch.zeros(slots, max_new_tokens + 1, dtype=torch.long, device=device)
+    noise = torch.zeros(slots, max_new_tokens + 1, device=device)  # the random numbers of the row's sample
     count = torch.ones(slots, dtype=torch.long, device=device)  # tokens that the row has so far
-    cache = None
+    live = torch.zeros(slots, dtype=torch.bool, device=device)  # whether the row's response goes on
+    cache, graphs = None, {}
 
     def finish(i, j, ids):
         out[i][j] = Response(ids, ids[-1] in eos_ids)
         if progress is not None:
             progress.update()
+
+    def decode():
+        """One token for every row; what one that is not live gets is not counted."""
+        key = torch.arange(cache.view, device=device).expand(len(live), -1)
+        hidden = policy.base_model(
+            input_ids=tokens.gather(1, count[:, None] - 1),
+            position_ids=cache.pos[:, None],
+            attention_mask=attention_masks(policy, key[:, None] <= cache.pos[:, None, None], cache.pos[:, None], key),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        uniform = noise.gather(1, count[:, None])[:, 0]
+        token = sample_tokens(head_logits(hidden, **head), uniform, temperature, top_p)
+        tokens.scatter_(1, count[:, None], token[:, None])
+        cache.pos.add_(live)
+        count.add_(live)
+        live.logical_and_((token[:, None] != eos).all(1) & (count < max_new_tokens))
 
     while todo or waiting or owner:
         # 1. Prefill enough prompts for all rows, once no earlier one waits, and draw all their samples' first tokens.
@@ -768,11 +1214,12 @@ def generate(
         rows, taken = idle[: len(waiting)], waiting[: len(idle)]
         idle, waiting = idle[len(taken) :], waiting[len(taken) :]
         if taken:
-            cache = cache or SlotCache(slots, capacity, prefilled, device)
+            cache = cache or SlotCache(slots, round_up(longest + looks, bucket), prefilled, device)
             lengths = torch.tensor([len(prompts[s["sample"][0]]) for s in taken], device=device)
             cache.fork(rows, prefilled, [s["source"] for s in taken], lengths)
             tokens[rows, 0] = torch.tensor([s["token"] for s in taken], device=device)
-            noise[rows] = torch.stack([s["noise"] for s in taken])
+            noise[rows, :-1] = torch.stack([s["noise"] for s in taken])
+            live[rows] = True
             owner.update(zip(rows, [s["sample"] for s in taken], strict=True))
         if not owner:
             continue
@@ -780,31 +1227,47 @@ def generate(
         if not todo and not waiting and len(idle) >= len(owner):
             rows = list(owner)
             cache.keep(rows)
-            tokens, noise, count = tokens[rows], noise[rows], count[rows]
-            owner, idle = dict(enumerate(owner.values())), []
-        # 4. One token for every row; an idle row repeats its position 0, which nobody reads.
-        cache.view = int(cache.pos.max()) + 1
-        hidden = policy.base_model(
-            input_ids=tokens.gather(1, count[:, None] - 1),
-            position_ids=cache.pos[:, None],
-            attention_mask=attention_masks(policy, cache.pos, cache.view),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        uniform = noise.gather(1, count[:, None])[:, 0]
-        token = sample_tokens(head_logits(hidden, **head), uniform, temperature, top_p)
-        tokens.scatter_(1, count[:, None], token[:, None])
-        rows = list(owner)
-        cache.pos[rows] += 1
-        count[rows] += 1
+            tokens, noise, count, live = tokens[rows], noise[rows], count[rows], live[rows]
+            owner, idle, graphs = dict(enumerate(owner.values())), [], {}
+        # 4. Decode, and look at the rows only now and then: a look waits for the device.
+        cache.view = round_up(int(cache.pos.max()) + looks, bucket)
+        for _ in range(looks):
+            run_graph(decode, graphs, cache.view, device)
         # 5. A row whose response ended hands it over and is idle.
-        ended = (torch.isin(token, eos) | (count == max_new_tokens)).tolist()
-        for row in rows:
-            if ended[row]:
-                finish(*owner.pop(row), tokens[row, : count[row]].tolist())
-                cache.pos[row], count[row] = 0, 1
-                idle.append(row)
+        ended = [row for row, goes_on in enumerate(live.tolist()) if row in owner and not goes_on]
+        if ended:
+            for row, ids, n in zip(ended, tokens[ended].tolist(), count[ended].tolist(), strict=True):
+                finish(*owner.pop(row), ids[:n])
+            cache.pos[ended], count[ended] = 0, 1
+            idle += ended
     return out
+
+
+def round_up(n, step):
+    """The lowest multiple of `step` that is at least n."""
+    return -(-n // step) * step
+
+
+def run_graph(step, graphs, key, device):
+    """Call step(), on a CUDA GPU as a graph of its kernels, recorded once per key: one launch instead of hundreds."""
+    if device.type != "cuda" or graphs.get(key) == "eager":
+        step()
+    elif key in graphs:
+        graphs[key].replay()
+    else:
+        stream = torch.cuda.Stream()  # the first call of a key is run as it is, off the default stream, then recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=graphs.setdefault("memory", torch.cuda.graph_pool_handle())):
+                step()
+            graphs[key] = graph
+        except RuntimeError as error:  # an architecture that decides something on the host in every step
+            print(f"no CUDA graph for this model, so generation is slower ({str(error).splitlines()[0]:.80})")
+            graphs[key] = "eager"
 
 
 def fits_slots(policy):
@@ -824,9 +1287,7 @@ def _slots_agree(policy):
 
     The probe is six tokens long; windows longer than that are right by attention_masks, which knows two layer types.
     """
-    config = policy.config.get_text_config()
-    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo: the latter
-    if set(types or []) - {"full_attention", "sliding_attention"}:
+    if not only_plain_attention(policy):
         return False
     rows = [[1, 2, 3, 4, 5, 6], [3, 2, 1]]
     device = policy.device
@@ -837,7 +1298,8 @@ def _slots_agree(policy):
     cache.fork([0, 1], prefilled, [0, 1], torch.tensor([5, 2], device=device))
     cache.view = 6
     last = torch.tensor([[row[-1]] for row in rows], device=device)
-    masks = attention_masks(policy, cache.pos, cache.view)
+    key = torch.arange(cache.view, device=device).expand(2, -1)
+    masks = attention_masks(policy, key[:, None] <= cache.pos[:, None, None], cache.pos[:, None], key)
     mine = policy.base_model(
         input_ids=last, position_ids=cache.pos[:, None], attention_mask=masks, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, 0]
@@ -847,7 +1309,7 @@ def _slots_agree(policy):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 6. Judges
+# 7. Judges
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -914,7 +1376,175 @@ def judge_prefs(judge, prompts, responses, finished, desc="judging"):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 7. In the scripts' main
+# 8. Plan
+# ------------------------------------------------------------------------------------------------------------------
+
+KNOWN = {  # configurations of MODELS, so that no network is needed to say that a run does not fit
+    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": None}),
+    "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, {}),
+    "gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, {"head_dim": 256}),
+    "zephyr-7b-sft": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": 4096}),
+    "pythia-2.8b": ("gpt_neox", 50304, 2560, 10240, 32, 32, 32, {}),
+    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, {"tie_word_embeddings": True}),
+    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, {"tie_word_embeddings": True}),
+}
+
+
+def known_config(name):
+    """The configuration that KNOWN describes, else load_config's."""
+    if name not in KNOWN:
+        return load_config(name)
+    kind, *sizes, more = KNOWN[name]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return AutoConfig.for_model(kind, **dict(zip((*names, "num_key_value_heads"), sizes, strict=True)), **more)
+
+
+def footprint(config, dtype):
+    """What a model takes, counted on one that has shapes but no numbers (torch's meta device).
+
+    Returns the number of parameters and, in bytes per token, its keys and values and all that backward needs of its
+    body. Attention is counted as written out, so the last is a fifth more than what a fused kernel keeps.
+    """
+    n = 16  # tokens; few, so that what grows with their square is nothing
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        ids = torch.zeros(1, n, dtype=torch.long)
+    kept = {}  # by address, as many tensors share a storage
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage()) and x, lambda x: x
+    ):
+        cache = policy.base_model(input_ids=ids, use_cache=True).past_key_values
+    for p in policy.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    keys_and_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return policy.num_parameters(), keys_and_values // n, sum(storage.nbytes() for storage in kept.values()) // n
+
+
+def memory_of(device):
+    """Bytes that a run may take: the GPU's free memory, or this machine's (or container's) main memory."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError):  # not on Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def plan_run(args, device, rule, trained, memory=None):
+    """What each stage of a run takes, in bytes; raises InputError, naming flags that help, where there is not so much.
+
+    rule: the optimiser's name; trained: how many responses per prompt are trained on; memory: bytes, if not what there
+    is. Returns {"parameters", "memory", "disk", "checkpointing": whether to call use_checkpointing, "stages": {stage:
+    {part: bytes}}}.
+    """
+    config = known_config(args.model)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        n, kv, activations = footprint(config, dtype)
+    except Exception as error:  # whatever an architecture raises that knows no meta device
+        print(f"{args.model}: its memory cannot be counted, so it is not checked ({type(error).__name__})")
+        n, kv, activations = 0, 0, 0
+    config, have = config.get_text_config(), memory or memory_of(device)
+    weights = {"weights": n * dtype.itemsize, "master": n * 2 if device == "cuda" else 0}
+    moments = n * dtype.itemsize * {"rmsprop": 1, "adamw": 2}[rule]
+    # A slot's keys and values, and its logits in float64, sorted.
+    slot = kv * (args.max_prompt_tokens + args.max_new_tokens) + 40 * config.vocab_size
+    row = args.max_prompt_tokens + trained * args.max_new_tokens  # the longest row to train on
+    tokens = max(args.micro_tokens, row)
+    head = min(KEEP, tokens * config.vocab_size * dtype.itemsize) + CHUNK[device] * config.vocab_size * 4
+    one_layer = activations // config.num_hidden_layers
+    inputs = config.num_hidden_layers * config.hidden_size * dtype.itemsize  # of the layers: what checkpointing keeps
+    per_token = {False: activations, True: inputs + one_layer}
+
+    def stages(checkpointing):
+        training = {"gradients": n * dtype.itemsize, "moments": moments, "head": head}
+        return {
+            "sampling": {**weights, "slots": args.slots * slot},
+            "training": {**weights, **training, "activations": tokens * per_token[checkpointing]},
+            "evaluation": {**weights, "previous iterate": sum(weights.values()), "activations": tokens * one_layer},
+        }
+
+    short = sum(stages(False)["training"].values()) > have
+    checkpointing = args.checkpointing == "on" or (args.checkpointing == "auto" and short)
+    knobs = {
+        "sampling": ("slots", args.slots, slot, 1),
+        "training": ("micro_tokens", tokens, per_token[checkpointing], row),
+    }
+    for stage, parts in stages(checkpointing).items():
+        excess = sum(parts.values()) - have
+        if excess > 0:
+            remedy = "it takes a GPU with more memory or a smaller --model"
+            if device == "cpu":
+                on_gpu = plan_run(replace(args, checkpointing="on"), "cuda", rule, trained, math.inf)["stages"].values()
+                most = max(sum(parts.values()) for parts in on_gpu)
+                remedy = f"a CUDA GPU would do, in bf16 it takes {most / 1e9:.0f} GB; or a smaller --model"
+            if stage in knobs:
+                flag, now, each, least = knobs[stage]
+                most = math.floor(now - excess / each)
+                if most >= least:
+                    remedy = f"--{flag} {most} fits"
+                elif most > 0:
+                    remedy = f"lower --max_new_tokens: {most} tokens fit for a prompt with {trained} responses"
+            raise InputError(
+                f"--model {args.model}: {stage} takes {_parts(parts)}, there are {have / 1e9:.1f}; {remedy}"
+            )
+    disk, free = (args.iterations + 1) * sum(weights.values()), shutil.disk_usage(".").free
+    require(memory or disk <= free, f"runs/ would take {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: free some")
+    facts = {"parameters": n, "memory": have, "disk": disk, "checkpointing": checkpointing}
+    return {**facts, "stages": stages(checkpointing)}
+
+
+def _parts(parts):
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+    return f"{sum(parts.values()) / 1e9:.1f} GB ({listed})"
+
+
+def show_plan(plan, args):
+    """Print what plan_run found."""
+    print(f"{args.model}: {plan['parameters']:,} parameters; there are {plan['memory'] / 1e9:.1f} GB of memory")
+    for stage, sizes in plan["stages"].items():
+        print(f"  {stage:<12}{_parts(sizes)}")
+    print(f"  {'disk':<12}{plan['disk'] / 1e9:.1f} GB for {args.iterations} iterates and final/, and the responses")
+    print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
+
+
+def show_hours(policy, prompts, size, args, rule, trained):
+    """Print how long a run takes at most, from a little sampling and one training step, of learning rate 0.
+
+    prompts: of encode_prompts; size: how many of them an iteration has; rule, trained: as for plan_run.
+    """
+
+    def seconds(function):
+        start = time.perf_counter()
+        function()
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    some, n = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]], min(args.max_new_tokens, 32)
+    sample = partial(generate, policy, some, k=args.k, max_new_tokens=n, eos_ids=[-1], slots=args.slots)
+    sample()  # the first call records graphs
+    token = seconds(sample) / (len(some) * args.k * n)
+    prompts, responses = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
+    rows = micro_batches(policy, prompts, responses, args.micro_tokens)[-1]
+    prompts, responses = [prompts[i] for i in rows], [responses[i] for i in rows]
+    optimizer = make_optimizer(policy, rule, 0.0)
+    response = seconds(lambda: response_logps(policy, prompts, responses).sum().backward()) / len(rows)
+    update = seconds(optimizer.step)
+    optimizer.zero_grad()
+    print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update")
+    sampling = token * args.max_new_tokens * (size * args.k + args.n_eval)
+    # A third of an epoch more: the log-probs of the reference, forward only.
+    training = response * trained * size * (args.epochs + 1 / 3)
+    training += update * args.epochs * math.ceil(size / args.batch_size)
+    hours = args.iterations * (sampling + training) / 3600
+    print(f"  time        at most {hours:.2g} hours and the judge's, if every response has --max_new_tokens tokens")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 9. In the scripts' main
 # ------------------------------------------------------------------------------------------------------------------
 
 

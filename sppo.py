@@ -15,7 +15,7 @@ Where this file departs from the paper, and why:
  2. A prompt whose best and worst response are the same, or tie, is left out: it would only say "stay where you are".
  3. A response may have 1024 new tokens; the paper gives 1024 to prompt and response together.
  4. The judge is so far the built-in one of the digits task; the paper's is PairRM.
- 5. On CUDA weights are bf16 without a float32 master, so that most updates at a learning rate of 5e-7 round to nothing.
+ 5. On CUDA weights are bf16 with an exact float32 master, and RMSprop's moment is bf16, rounded stochastically.
 Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
@@ -47,8 +47,10 @@ from common import (
     load_judge,
     load_policy,
     load_prompts,
+    make_optimizer,
     micro_batches,
     pick_device,
+    plan_run,
     require,
     response_logps,
     run_folder,
@@ -56,9 +58,12 @@ from common import (
     save_policy,
     score,
     show,
+    show_hours,
+    show_plan,
     show_table,
     split_prompts,
     start_run,
+    use_checkpointing,
     write_json,
     write_jsonl,
 )
@@ -93,9 +98,13 @@ class Args:
     epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=16, help="Prompts per optimiser step; the last of an epoch may have fewer.")
     micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    checkpointing: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="Recompute layers; auto: if memory is short."
+    )
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # run
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
@@ -208,7 +217,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
         win_rate = torch.tensor([1.0, 0.0], device=policy.device).repeat(len(batch))  # eq. 4.12
     log_z = torch.tensor([pair["log_z"] for pair, _ in rows], device=policy.device)
     losses, log_ratio = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for i in micro_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], args.micro_tokens):
+    for i in micro_batches(policy, prompts, responses, args.micro_tokens):
         logps = response_logps(policy, [prompts[j] for j in i], [responses[j] for j in i])
         loss = sppo_loss(logps, ref_logps[i], win_rate[i], args.eta, log_z[i])  # eq. 4.7
         (loss.sum() / len(rows)).backward()  # the mean over the whole batch, however it is cut
@@ -227,7 +236,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
 
 def train(policy, pairs, seed, args):
     """Algorithm 1, line 6: minimise eq. 4.7 over `pairs`; returns what train_step says of each step."""
-    optimizer = torch.optim.RMSprop(policy.parameters(), lr=args.learning_rate, alpha=0.99)
+    optimizer = make_optimizer(policy, "rmsprop", args.learning_rate)
     n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
     rng, steps = random.Random(seed), []
@@ -280,11 +289,20 @@ def main(args):
     fits = args.targets == "soft" or (args.pairs == "extremes" and args.log_z == "half")
     require(fits, "--targets hard: wants --pairs extremes and --log_z half, as only the best and worst are 1 and 0")
     run, device = run_folder(args, "sppo"), pick_device(args)
+    trained = args.k if args.pairs == "all" else 2  # responses per prompt
+    plan = plan_run(args, device, "rmsprop", trained)
+    if args.dry_run:
+        show_plan(plan, args)
     judge = load_judge(args.judge, args.prompts)
     prompts = load_prompts(args.prompts, args.limit, args.seed)
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed)
+    if plan["checkpointing"]:
+        use_checkpointing(policy)
+    if args.dry_run:
+        show_hours(policy, prompts, len(parts[0]), args, "rmsprop", trained)
+        return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     print(

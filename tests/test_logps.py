@@ -1,8 +1,16 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from common import CHUNK, micro_batches, response_logps, score, token_logps
+import common
+from common import micro_batches, response_logps, score, shares_prompts, token_logps
+from test_generate import FAMILIES, NOT_PLAIN_KV, build
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -38,8 +46,43 @@ def softmax_by_hand(hidden, weight, target, bias=None, scale=1.0, softcap=0.0):
     return (logits[target].exp() / logits.exp().sum()).log()
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 3.0}], ids=str)
-def test_token_logps_is_log_softmax_of_the_head(options):
+def plain_token_logps(hidden, weight, targets, bias=None, scale=1.0, softcap=0.0):
+    """The plain version, through autograd: whole logits, log_softmax, gather."""
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def rows(request, monkeypatch):
+    """The two ways from raw products to log-probs and slopes; Triton runs through its interpreter (conftest.py)."""
+    if request.param == "triton":
+        if common.triton is None:
+            pytest.skip("triton is for Linux only")
+        by_triton, by_torch = common.row_logps_triton, common.row_logps
+        rows = lambda logits, *more: (by_torch if logits.dtype == torch.float64 else by_triton)(logits, *more)  # noqa: E731
+        monkeypatch.setattr(common, "row_logps", rows)
+
+
+@pytest.fixture(params=["kept", "again"])
+def slopes(request, monkeypatch):
+    """Slopes kept for backward, or computed again because they are over the budget; three rows at a time."""
+    monkeypatch.setattr(common, "CHUNK", {"cpu": 3})
+    if request.param == "again":
+        monkeypatch.setattr(common, "KEEP", 0)
+
+
+OPTIONS = [
+    {},
+    {"bias": True},
+    {"scale": 0.25},
+    {"softcap": 3.0},
+    {"bias": True, "scale": 2.0, "softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_token_logps_is_log_softmax_of_the_head(options, rows, slopes):
     torch.manual_seed(1)
     hidden, weight, targets = torch.randn(7, 16), torch.randn(61, 16), torch.randint(61, (7,))
     options = {**options, "bias": torch.randn(61)} if "bias" in options else options
@@ -49,7 +92,55 @@ def test_token_logps_is_log_softmax_of_the_head(options):
     torch.testing.assert_close(got.double(), torch.stack(right), atol=1e-5, rtol=0)
 
 
-def test_token_logps_gradients():
+def compare(n, d, v, options, sharpness=1.0, tied=False):
+    """token_logps in float32 against the plain version in float64: (error in nats, relative errors of gradients)."""
+    torch.manual_seed(n + v)
+    hidden, weight, targets = torch.randn(n, d), torch.randn(v, d) / d**0.5, torch.randint(v, (n,))
+    if tied:  # the embedding is the head, so its gradient comes from both ends
+        hidden = torch.randint(v, (n,))
+    elif sharpness > 1:  # the target gets nearly all of the probability
+        hidden = sharpness * weight[targets]
+    inputs = [weight] if tied else [hidden, weight]
+    inputs += [torch.randn(v)] if "bias" in options else []
+    g, results = torch.randn(n), []
+    for function, dtype in ((token_logps, torch.float32), (plain_token_logps, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        w = leaves[0] if tied else leaves[1]
+        h = torch.tanh(w[hidden]) if tied else leaves[0]
+        logps = function(h, w, targets, **{**options, **({"bias": leaves[-1]} if "bias" in options else {})})
+        results.append([logps, *torch.autograd.grad(logps @ g.to(dtype), leaves)])
+    mine, right = results
+    error = (mine[0] - right[0]).abs().max().item() if n else 0.0
+    return error, [((a - b).norm() / b.norm().clamp(1e-30)).item() for a, b in zip(mine[1:], right[1:], strict=True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("v", [2, 61, 5003])
+def test_float32_error_is_below_1e_5_nats_and_gradients_1e_4(v, options, rows, slopes):
+    error, gradients = compare(8, 24, v, options)
+    assert error < 1e-5
+    assert max(gradients) < 1e-4
+
+
+def test_a_probability_near_one_keeps_its_digits(rows, slopes):
+    """p - 1 computed from a rounded p would be 0 or off by whole digits: gradients of confident tokens would vanish."""
+    for sharpness in (12.0, 18.0):
+        error, gradients = compare(8, 24, 61, {}, sharpness)
+        assert error < 1e-5
+        assert max(gradients) < 1e-4
+    for dtype in (torch.float32, torch.bfloat16):  # in bf16, p would round to 1
+        hidden, weight = torch.ones(1, 1, dtype=dtype), torch.tensor([[8.0], [0.0]], dtype=dtype).requires_grad_()
+        (grad,) = torch.autograd.grad(token_logps(hidden, weight, torch.tensor([0])).sum(), weight)
+        assert grad[0].item() == pytest.approx(1 / (1 + math.exp(8)), rel=5e-3)
+
+
+def test_tied_weights_get_the_gradient_of_both_ends(rows, slopes):
+    error, gradients = compare(40, 24, 61, {}, tied=True)
+    assert error < 1e-5
+    assert max(gradients) < 1e-4
+
+
+def test_token_logps_gradients(slopes):
     torch.manual_seed(1)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     bias, targets = torch.randn(9, dtype=torch.float64), torch.randint(9, (5,))
@@ -60,21 +151,71 @@ def test_token_logps_gradients():
     assert torch.autograd.gradcheck(all_options, [x.requires_grad_() for x in (hidden, weight, bias)])
 
 
-def test_token_logps_in_chunks_equals_one_piece():
+def test_bf16_gradients_come_in_bf16_and_sum_over_chunks_in_float32(rows, slopes):
     torch.manual_seed(1)
-    n = 2 * CHUNK + 3
-    hidden, weight, targets = torch.randn(n, 8), torch.randn(11, 8), torch.randint(11, (n,))
-    hidden.requires_grad_(), weight.requires_grad_()
-    whole = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
-    g = torch.randn(n)
-    pieces = token_logps(hidden, weight, targets)
-    torch.testing.assert_close(pieces, whole)
-    for mine, right in zip(*(torch.autograd.grad(x @ g, [hidden, weight]) for x in (pieces, whole)), strict=True):
-        torch.testing.assert_close(mine, right, atol=1e-4, rtol=1e-4)
+    hidden, weight = torch.randn(600, 32).bfloat16(), (0.2 * torch.randn(101, 32)).bfloat16()
+    targets, g = torch.randint(101, (600,)), torch.randn(600)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    mine = torch.autograd.grad(token_logps(*leaves, targets) @ g, leaves)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    right = torch.autograd.grad(plain_token_logps(*leaves, targets) @ g.double(), leaves)
+    for a, b in zip(mine, right, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() / b.norm() < 0.01
 
 
-def test_token_logps_of_no_tokens():
-    assert token_logps(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
+def test_no_gradient_asked_nothing_kept(monkeypatch):
+    hidden, weight = torch.randn(40, 8), torch.randn(61, 8, requires_grad=True)
+    targets = torch.randint(61, (40,))
+    with torch.no_grad():
+        assert token_logps(hidden, weight, targets).grad_fn is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        token_logps(hidden, weight.detach(), targets)
+        assert kept == []
+        token_logps(hidden, weight, targets)
+        assert torch.Size([40, 61]) in kept
+        kept.clear()
+        monkeypatch.setattr(common, "KEEP", 0)
+        token_logps(hidden, weight, targets)
+        assert torch.Size([40, 61]) not in kept, "over the budget nothing of size N x V waits for backward"
+
+
+def test_token_logps_of_no_tokens(slopes):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    logps = token_logps(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert logps.shape == (0,)
+    grads = torch.autograd.grad(logps.sum(), [hidden, weight])
+    assert grads[0].shape == (0, 4)
+    assert torch.equal(grads[1], torch.zeros(9, 4))
+
+
+COMPILE = """
+import common, triton
+from triton.backends.compiler import GPUTarget
+for kernel, signature, constants in {kernels}:
+    source = triton.compiler.ASTSource(fn=getattr(common, kernel), signature=signature, constexprs=constants)
+    for compute_capability in (80, 90):
+        assert triton.compile(source, target=GPUTarget("cuda", compute_capability, 32)).asm["cubin"]
+"""
+
+
+def test_the_triton_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    """The interpreter shows that the numbers are right, not that the compiler takes the program."""
+    if common.triton is None:
+        pytest.skip("triton is for Linux only")
+    kernels = []
+    for on in (False, True):
+        names = dict.fromkeys(("BIAS", "SOFTCAP", "SLOPES"), on) | {"BLOCK": 4096}
+        floats = {"logits": "*fp32", "targets": "*i64", "bias": "*bf16", "logps": "*fp32", "slopes": "*bf16"}
+        numbers = {"V": "i32", "scale": "fp32", "softcap": "fp32"}
+        kernels.append(("_row_kernel", {**floats, **numbers, **dict.fromkeys(names, "constexpr")}, names))
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(Path(common.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(kernels=kernels)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_token_logps_rejects_shapes_that_do_not_fit():
@@ -136,11 +277,10 @@ def test_eos_is_part_of_the_response_even_when_it_is_the_padding_id():
 
 
 def test_prompt_tokens_never_reach_the_head(monkeypatch):
-    import common
-
-    rows = []
+    policy, rows = llama(), []
+    shares_prompts(policy)  # tries once, which is not what is counted here
     monkeypatch.setattr(common, "token_logps", lambda h, **head: rows.append(len(h)) or token_logps(h, **head))
-    response_logps(llama(), PROMPTS, RESPONSES)
+    response_logps(policy, PROMPTS, RESPONSES)
     assert rows == [sum(map(len, RESPONSES))]
 
 
@@ -151,10 +291,73 @@ def test_response_logps_rejects_what_has_no_log_prob(prompts, responses):
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
-    lengths = torch.randint(1, 50, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    policy, random = llama(), torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 50, (200,), generator=random).tolist()
+    prompts = [[i % 61, i // 61, *[7] * (n // 3)] for i, n in enumerate(lengths)]  # all different
+    responses = [[5] * (n - n // 3) for n in lengths]
     for budget in (1, 60, 500, 10**6):
-        batches = micro_batches(lengths, budget)
+        batches = micro_batches(policy, prompts, responses, budget)
         assert sorted(i for rows in batches for i in rows) == list(range(200))
-        assert all(len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget for rows in batches)
-    padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, 500))
-    assert padded < 1.15 * sum(lengths)  # similar lengths together; batches of ten in file order would pad by 0.9
+        assert all(len(rows) == 1 or len(rows) * max(lengths[i] + 2 for i in rows) <= budget for rows in batches)
+    batches = micro_batches(policy, prompts, responses, 500)
+    padded = sum(len(rows) * max(lengths[i] + 2 for i in rows) for rows in batches)
+    assert padded < 1.15 * sum(n + 2 for n in lengths)  # similar lengths together; batches of ten in file order: 1.9
+
+
+# The prompt of several responses, computed once -----------------------------------------------------------------------
+
+GROUPED = [0, 0, 0, 1, 2, 2, 2, 2, 2]  # which prompt each response belongs to
+FOUR = [[1, 5, 9], [1], [1, 7, 7, 7, 7, 7, 2, 40]]
+NINE = [[8, 9, 2], [4] * 11, [2], [60, 0, 0], [8, 9, 2], [8, 9, 3], [6], [11, 12, 13, 14, 15, 16, 17, 18], [0, 0]]
+
+
+def values_and_gradients(policy, shared, rows):
+    policy._shares_prompts = shared
+    policy.zero_grad()
+    logps = response_logps(policy, [FOUR[GROUPED[i]] for i in rows], [NINE[i] for i in rows])
+    (logps @ torch.linspace(-1, 1, len(rows))).backward()
+    return logps.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_changes_neither_values_nor_gradients(family):
+    policy = build(*FAMILIES[family])
+    assert shares_prompts(policy)
+    rows = list(range(9))
+    (plain, plain_grads), (shared, shared_grads) = (values_and_gradients(policy, on, rows) for on in (False, True))
+    torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-6)
+    norm = torch.stack([g.norm() for g in plain_grads]).norm()
+    assert all((a - b).norm() < 1e-5 * norm for a, b in zip(shared_grads, plain_grads, strict=True))
+
+
+def test_shared_rows_depend_neither_on_order_nor_on_batch_mates():
+    policy = build(*FAMILIES["mistral-window"])
+    together, _ = values_and_gradients(policy, True, list(range(9)))
+    backwards, _ = values_and_gradients(policy, True, list(range(8, -1, -1)))
+    torch.testing.assert_close(backwards.flip(0), together, atol=1e-5, rtol=0)
+    apart, _ = values_and_gradients(policy, True, [0, 3, 1, 4, 2, 5, 6, 7, 8])  # some prompts come in two groups
+    torch.testing.assert_close(apart, together[[0, 3, 1, 4, 2, 5, 6, 7, 8]], atol=1e-5, rtol=0)
+
+
+def test_a_shared_prompt_is_computed_once(monkeypatch):
+    policy, shapes = llama(), []
+    prompts, responses = [FOUR[i] for i in GROUPED], NINE
+    assert shares_prompts(policy)
+    policy.base_model.register_forward_pre_hook(
+        lambda *a: shapes.append(tuple(a[2]["input_ids"].shape)), with_kwargs=True
+    )
+    response_logps(policy, prompts, responses)
+    assert shapes == [(3, 8 + sum(map(len, NINE[4:])))]
+    together = micro_batches(policy, prompts, responses, 60)
+    assert together == [[3, 0, 1, 2], [4, 5, 6, 7, 8]], "the responses to a prompt stay together"
+    policy._shares_prompts = False
+    assert sorted(len(rows) for rows in micro_batches(policy, prompts, responses, 12)) != [4, 5]
+
+
+@pytest.mark.parametrize("family", NOT_PLAIN_KV)
+def test_a_recurrent_architecture_does_not_share_prompts(family):
+    policy = build(*NOT_PLAIN_KV[family])
+    assert not shares_prompts(policy)
+    prompts, responses = [FOUR[0], FOUR[0]], NINE[:2]
+    alone = [response_logps(policy, [x], [y]) for x, y in zip(prompts, responses, strict=True)]
+    torch.testing.assert_close(response_logps(policy, prompts, responses), torch.cat(alone), atol=1e-4, rtol=0)

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from test_logps import PROMPTS, RESPONSES, gpt2, llama
 from transformers import get_constant_schedule
 
 import common
 from sppo import RECIPES, Args, log_partition, make_pairs, sppo_loss, train_step, win_rates
+from test_logps import PROMPTS, RESPONSES, gpt2, llama
 
 
 def tensor(*values):
