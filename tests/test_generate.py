@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as hf
 
+import common
 from common import Response, fits_slots, generate, generate_plain, sample_tokens, uniforms
 
 V = 67
@@ -109,6 +110,17 @@ def test_samples_equal_those_without_a_cache_for_any_number_of_slots(policy):
     right = generate_plain(policy, PROMPTS, **settings)
     assert {r.finished for row in right for r in row} == {True, False}
     for slots in (1, 4, 64):
+        assert generate(policy, PROMPTS, **settings, slots=slots) == right, f"slots={slots}"
+
+
+@pytest.mark.parametrize(("looks", "bucket"), [(8, 128), (3, 16), (50, 1)])
+def test_samples_depend_neither_on_how_often_the_host_looks_nor_on_buckets(policy, looks, bucket, monkeypatch):
+    """On a GPU a row that has ended decodes on until the next look, over keys rounded up to a bucket."""
+    settings = {"k": 3, "max_new_tokens": 20, "eos_ids": EOS, "seed": 1}
+    right = generate_plain(policy, PROMPTS, **settings)
+    monkeypatch.setattr(common, "LOOKS", {"cpu": looks})
+    monkeypatch.setattr(common, "BUCKETS", {"cpu": bucket})
+    for slots in (4, 64):
         assert generate(policy, PROMPTS, **settings, slots=slots) == right, f"slots={slots}"
 
 

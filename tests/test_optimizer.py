@@ -20,7 +20,7 @@ def update(request, monkeypatch):
     if request.param == "triton":
         if common.triton is None:
             pytest.skip("triton is for Linux only")
-        monkeypatch.setattr(SplitMaster, "update", staticmethod(SplitMaster.update_triton))
+        monkeypatch.setattr(common, "update_master", common.update_master_triton)
     return request.param
 
 

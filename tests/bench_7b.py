@@ -1,0 +1,94 @@
+"""A Mistral of 7B with random weights on one GPU: speed of sampling and of an SPPO step, and the peak memory.
+
+    python tests/bench_7b.py                                     a CUDA GPU with 80 GB, some minutes
+    python tests/bench_7b.py --hidden 256 --layers 2 --pairs 4   a look at it anywhere
+
+Sampling: `--slots` rows of K = 5 responses to prompts of 256 tokens, none of which ends before `--new_tokens`, with the
+recipe's temperature and top-p; the first call records the CUDA graphs and is not timed. Bandwidth: bytes of weights and
+of the keys and values that a step reads, over its time. Training: one step of `sppo.train_step` on `--pairs` pairs of
+256 prompt and 2 x 400 response tokens, the second of two; TFLOP/s counts 6 x parameters x tokens of both rows.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import MistralConfig, MistralForCausalLM, get_constant_schedule
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import sppo
+
+
+def timed(function, device):
+    """(result, seconds)."""
+    start = time.perf_counter()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def peak(device):
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device == "cuda" else "not measured on a CPU"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=32)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = MistralConfig(
+        vocab_size=32000,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 7 // 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 128,
+        num_key_value_heads=max(1, args.hidden // 512),
+        sliding_window=None,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        policy = MistralForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    n, where = policy.num_parameters(), torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{where}; bf16; {n / 1e9:.2f} G parameters; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+
+    random = torch.Generator().manual_seed(0)
+    prompts = torch.randint(32000, (max(1, args.slots // 5), 256), generator=random).tolist()
+    settings = {"k": 5, "max_new_tokens": args.new_tokens, "eos_ids": [-1], "slots": args.slots}
+    common.generate(policy, prompts, **settings)
+    rows, seconds = timed(lambda: common.generate(policy, prompts, **settings), device)
+    tokens = sum(len(r.ids) for row in rows for r in row)
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    read = 2 * n + len(prompts) * 5 * kv * (256 + args.new_tokens / 2)
+    speed = read * args.new_tokens / seconds / 1e9
+    print(f"sampling   {tokens / seconds:,.0f} tokens/s, {speed:,.0f} GB/s of weights, keys and values; {peak(device)}")
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    common.use_checkpointing(policy)
+    optimizer = common.make_optimizer(policy, "rmsprop", 5e-7)
+    scheduler, settings = get_constant_schedule(optimizer), sppo.Args(eta=1e3)
+    pairs = []
+    for _ in range(args.pairs):
+        ids = torch.randint(32000, (256 + 800,), generator=random).tolist()
+        answers = [{"ids": ids[256:656], "win_rate": 0.8}, {"ids": ids[656:], "win_rate": 0.2}]
+        pairs.append({"prompt_ids": ids[:256], "responses": answers, "log_z": 500.0})
+    rows = [(pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]]
+    ref_logps = common.score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], settings.micro_tokens)
+    common.attach("ref_logps", [y for _, y in rows], ref_logps)
+    for _ in range(2):
+        _, seconds = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
+    flops = 6 * n * sum(len(x) + len(y["ids"]) for x, y in rows) / seconds / 1e12
+    print(f"training   {args.pairs / seconds:.3g} pairs/s, {flops:,.1f} TFLOP/s; {peak(device)}")
+
+
+if __name__ == "__main__":
+    main()
