@@ -1,0 +1,276 @@
+"""One optimiser step on preference pairs: sppo.py's `train_step` against TRL's DPOTrainer, in time and peak memory.
+
+    python tests/bench_train.py        three minutes on two CPU cores; `pip install trl` for its rows
+
+Equal work: the same random Llama, the same pairs as token ids, all of them in one step, reference log-probs given (TRL:
+precompute_ref_log_probs), the same loss (hard targets; TRL: sppo_hard with beta = 1 / eta), the same RMSprop, clipping
+and scheduler, no checkpointing, no autocast. TRL's loss is the sum over a pair where ours is the mean, so half of its
+gradient norm must be ours; the last column shows it, for the first step.
+Lengths are log-normal, as in chats, at most 512 in all; prompts are 0.4 of prompt and response on average.
+ * bare: the body alone, forward and backward on as many tokens as the pairs have (each prompt twice), in rows of their
+   mean length: no padding, no head, no optimiser.
+ * ours: sorted by length, `--micro_tokens` padded tokens at a time; the prompt once per pair, or with each response.
+ * TRL: its training_step on what its data collator pads; all pairs at once, or `--trl_pairs` of similar length at a
+   time, as gradient_accumulation_steps and train_sampling_strategy="group_by_length" would do. padding_free is left
+   out: it warns and pads. On a device without Triton its head also scores prompts and padding.
+All take turns in one process, after a round that warms up; ratios are medians of the rounds' ratios. `tokens` counts
+what the body computes, padding included. Memory is the peak of the second step beyond weights and optimiser state; on
+CUDA torch.cuda.max_memory_allocated. The CPU has no such counter in torch, so it is the process's resident peak (VmHWM
+in /proc/self/status, set back before the step: Linux only) less what was resident before, in a child process whose
+malloc returns freed tensors at once.
+Target: twice the pairs per second of TRL's better row.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import sppo
+
+ETA = 10.0
+
+
+def optimiser(policy):
+    """What all contestants use: RMSprop at a rate that stays, and moves little, so that all rounds are alike."""
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=1e-6)
+    return optimizer, transformers.get_constant_schedule(optimizer)
+
+
+def bare(policy, pairs, args):
+    lengths = [len(pair["prompt_ids"]) + len(y["ids"]) for pair in pairs for y in pair["responses"]]
+    mean = sum(lengths) // len(lengths)
+    at_once = max(1, args.micro_tokens // mean)
+
+    def step():
+        for i in range(0, len(lengths), at_once):
+            ids = torch.ones(min(at_once, len(lengths) - i), mean, dtype=torch.long, device=policy.device)
+            policy.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        policy.zero_grad()
+
+    return step
+
+
+def ours(share):
+    def build(policy, pairs, args):
+        policy._shares_prompts = share
+        settings = sppo.Args(targets="hard", eta=ETA, micro_tokens=args.micro_tokens)
+        rows = [(pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]]
+        ref_logps = common.score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens)
+        common.attach("ref_logps", [y for _, y in rows], ref_logps)
+        optimizer, scheduler = optimiser(policy)
+        return lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings)["grad_norm"]
+
+    return build
+
+
+def trl(few):
+    def build(policy, pairs, args):
+        import datasets
+        from trl import DPOConfig, DPOTrainer
+
+        datasets.disable_progress_bars()
+        os.environ["TQDM_DISABLE"] = "1"
+        warnings.simplefilter("ignore", FutureWarning)
+        optimizer, scheduler = optimiser(policy)
+        n = args.trl_pairs if few else len(pairs)
+        loss = {"loss_type": ["sppo_hard"], "beta": 1 / ETA, "precompute_ref_log_probs": True, "max_length": None}
+        plain = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "use_cpu": args.device == "cpu"}
+        config = DPOConfig(tempfile.gettempdir(), **loss, **plain, per_device_train_batch_size=n)  # nothing is saved
+        given = {"train_dataset": datasets.Dataset.from_list([pair["text"] for pair in pairs])}
+        given |= {"processing_class": common.tiny_tokenizer(), "optimizers": (optimizer, scheduler)}
+        trainer = DPOTrainer(policy, args=config, **given)
+        rows = list(trainer.train_dataset)  # token ids and reference log-probs
+        if few:
+            rows.sort(key=lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+        parts = [rows[i : i + n] for i in range(0, len(rows), n)]
+        trainer.current_gradient_accumulation_steps = len(parts)
+
+        def step():
+            for part in parts:
+                trainer.training_step(policy, trainer.data_collator(part))
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            return norm.item() / 2
+
+        return step
+
+    return build
+
+
+CONTESTANTS = {
+    "bare": bare,
+    "ours, prompt once": ours(True),
+    "ours, plain rows": ours(False),
+    "TRL, all pairs at once": trl(few=False),
+    "TRL, a few, by length": trl(few=True),
+}
+
+
+def inputs(args):
+    """The policy and the pairs, as rows of sppo.make_pairs; TRL reads their text, one token a character."""
+    torch.manual_seed(0)
+    hidden, layers, vocab = args.size
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    policy.to(args.device, getattr(torch, args.dtype)).eval()
+    rng, tokenizer, pairs = random.Random(0), common.tiny_tokenizer(), []
+
+    def text(median_length, longest):
+        n = min(longest, max(8, round(median_length * rng.lognormvariate(0, 0.6))))
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n))
+
+    for _ in range(args.pairs):
+        prompt, chosen, rejected = text(82, 200), text(130, 310), text(130, 310)  # and EOS: at most 511
+        ids = [tokenizer(x).input_ids for x in (prompt, f"{chosen}</s>", f"{rejected}</s>")]
+        responses = [{"ids": y, "win_rate": w} for y, w in zip(ids[1:], (1.0, 0.0), strict=True)]
+        strings = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        pairs.append({"prompt_ids": ids[0], "responses": responses, "log_z": ETA / 2, "text": strings})
+    return policy, pairs
+
+
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def count(tokens, name, body, args, kwargs):
+    tokens[name] += kwargs["input_ids"].numel()
+
+
+def reason(error):
+    """Why a row has no figures, in one line."""
+    if isinstance(error, ModuleNotFoundError) and error.name in ("trl", "datasets"):
+        return "not installed"
+    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
+
+
+def resident(field):
+    """Bytes of this process in memory: now (VmRSS) or at most since the peak was set back (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_memory(device, function, *inputs):
+    """Bytes at the peak of a call beyond what was there before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*inputs)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = resident("VmRSS")
+    function(*inputs)
+    return resident("VmHWM") - before
+
+
+def print_memory(args):
+    policy, pairs = inputs(args)
+    print(f"\n{'memory of a step':<24}{'MiB':>15}{'by ours':>15}")
+    ours = None
+    for name, build in CONTESTANTS.items():
+        try:
+            step = build(copy.deepcopy(policy), pairs, args)
+            step()  # loads libraries, makes the optimiser's state
+            peak = peak_memory(args.device, step)
+            ours = peak if name == "ours, prompt once" else ours
+            figures = f"{peak / 2**20:>14,.0f}" + (f"{peak / ours:>15.2f}" if ours else "")
+        except Exception as error:
+            figures = reason(error)
+        print(f"{name:<24}", figures)
+
+
+def print_time(args):
+    policy, pairs = inputs(args)
+    lengths = [(len(pair["prompt_ids"]), len(y["ids"])) for pair in pairs for y in pair["responses"]]
+    share = sum(x / (x + y) for x, y in lengths) / len(lengths)
+    print(f"Llama of {policy.num_parameters() / 1e6:.1f} M: hidden size, layers, vocabulary {args.size}")
+    print(f"{len(pairs)} pairs of {sum(map(sum, lengths)):,} tokens; prompts are {share:.2f} of a row")
+    print(f"at a time: {args.micro_tokens} tokens of ours, {args.trl_pairs} pairs of TRL\n")
+    steps, failed, first, tokens, seconds = {}, {}, {}, Counter(), {name: [] for name in CONTESTANTS}
+    for turn in range(args.repeats + 1):  # the first one warms up and is not timed
+        for name in [name for name in CONTESTANTS if name not in failed]:
+            try:
+                if not turn:
+                    mine = copy.deepcopy(policy)
+                    steps[name] = CONTESTANTS[name](mine, pairs, args)
+                    mine.base_model.register_forward_pre_hook(partial(count, tokens, name), with_kwargs=True)
+                synchronize(args)
+                start = time.perf_counter()
+                norm = steps[name]()
+                synchronize(args)
+            except Exception as error:  # whatever other people's code raises here
+                failed[name] = reason(error)
+                continue
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                first[name] = (norm, tokens[name])
+    columns = ["pairs/s", "time / bare", "time / ours", "tokens / bare", "gradient norm"]
+    print(f"{'':<24}", *(f"{column:>15}" for column in columns), sep="")
+    for name, took in seconds.items():
+        if name in failed:
+            print(f"{name:<24} {failed[name]}")
+            continue
+        figures = [f"{len(pairs) / median(took):.2f}"]
+        for other in ("bare", "ours, prompt once"):
+            figures.append(f"{median(x / y for x, y in zip(took, seconds[other], strict=True)):.2f}")
+        norm, computed = first[name]
+        figures += [f"{computed / first['bare'][1]:.2f}", f"{norm:.3f}" if norm else ""]
+        print(f"{name:<24}", *(f"{figure:>15}" for figure in figures), sep="")
+
+
+def header(args, *packages):
+    """Where, with what and when, in one line."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    versions = ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
+    return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs in a step")
+    parser.add_argument("--micro_tokens", type=int, help="padded tokens in a forward of ours, by device")
+    parser.add_argument("--trl_pairs", type=int, help="pairs in a forward of TRL, by device; divides --pairs")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory_only", action="store_true", help="only the second table")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    args.dtype = "bfloat16" if cuda else "float32"
+    args.size = args.size or ([2048, 16, 32768] if cuda else [256, 4, 8192])
+    args.micro_tokens = args.micro_tokens or (8192 if cuda else 2048)
+    args.trl_pairs = args.trl_pairs or (8 if cuda else 4)
+    if args.memory_only:
+        return print_memory(args)
+    print(header(args, "torch", "transformers", "trl"))
+    print_time(args)
+    sys.stdout.flush()
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors from 1 MiB on have pages of their own
+    subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
+
+
+if __name__ == "__main__":
+    main()
