@@ -4,7 +4,7 @@ Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4
 answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
 moves towards pi_{t+1}(y) ~ pi_t(y) exp(eta P(y > pi_t)): a no-regret step in the game "whose answer is preferred?".
 
-    python sppo.py                                     the built-in task, half a minute on two CPU cores (README.md)
+    python sppo.py                                     the built-in task, a minute on two CPU cores (README.md)
     python sppo.py --model DIR --prompts FILE.jsonl    any causal LM, the paper's recipe; {"prompt": ...} on each line
 
 It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{responses,pairs,steps}.jsonl,

@@ -1,6 +1,6 @@
 """Sampling five responses per prompt: `common.generate` against transformers' `generate` and `generate_batch`.
 
-    python tests/bench_generate.py     three minutes on two CPU cores
+    python tests/bench_generate.py     five minutes on two CPU cores
 
 The policy is a Llama with random weights: its next token is almost uniform over the vocabulary, so one id in `--mean`
 as EOS gives lengths that are about exponential.

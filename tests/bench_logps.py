@@ -1,6 +1,6 @@
 """Per-token log-probs of a language model's head, forward and backward: time, error and peak memory.
 
-    python tests/bench_logps.py        three minutes on two CPU cores; `pip install liger-kernel trl` for their rows
+    python tests/bench_logps.py        four minutes on two CPU cores; `pip install liger-kernel trl` for their rows
 
 Equal work: from hidden (N, D), weight (V, D) and targets (N,) to log-probs (N,), and from a random g (N,), one number
 per token that only backward may see, to the gradients of hidden and weight.
