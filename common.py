@@ -908,12 +908,18 @@ def save_policy(policy, tokenizer, folder):
 
 def _load_master(policy, file):
     """Join the remainders in `file`, if it is there, to the parameters: float32 ones become the master itself."""
-    rests = load_file(file) if file.is_file() else {}
-    for name, p in policy.named_parameters() if rests else ():
+    if not file.is_file():
+        return
+    rests, params = load_file(file), dict(policy.named_parameters())
+    fits = rests.keys() == params.keys() and all(
+        rests[name].dtype == torch.int16 and rests[name].shape == p.shape for name, p in params.items()
+    )
+    require(fits, f"{MASTER} does not belong to these weights")
+    for name, p in params.items():
         if p.dtype == torch.float32:
-            p.data = join_master(p.data.bfloat16(), rests[name].view_as(p))
+            p.data = join_master(p.data.bfloat16(), rests[name])
         else:
-            p.master_remainder = rests[name].view_as(p)
+            p.master_remainder = rests[name]
 
 
 TINY = {  # the recipe of `tiny`; it is also the key of its cache, so that a changed recipe is a new model

@@ -1,8 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
-from common import MASTER, SplitMaster, join_master, load_policy, make_optimizer, save_policy, split_master
+import sppo
+from common import MASTER, InputError, SplitMaster, join_master, load_policy, make_optimizer, save_policy, split_master
 from test_logps import llama
 
 RULES = {
@@ -104,7 +108,7 @@ def test_a_tiny_learning_rate_arrives_in_full(rule, moments, update):
 def test_moments_in_bf16_follow_those_in_float32_on_average(rule, update):
     """With decay 0.99 a bf16 moment that is rounded to nearest stops within a few per cent; here 99.5 % must go."""
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(3000).bfloat16())
+    p = torch.nn.Parameter(torch.zeros(1000).bfloat16())
     optimizer = SplitMaster([p], 1e-6, rule, **({"alpha": 0.999} if rule == "rmsprop" else {}))
     right, steps = 0.0, 100
     for _ in range(steps):
@@ -185,3 +189,45 @@ def test_a_float32_policy_leaves_no_master(tmp_path, workdir):
     policy, tokenizer = load_policy("tiny")
     save_policy(policy, tokenizer, tmp_path / "policy")
     assert not (tmp_path / "policy" / MASTER).exists()
+
+
+@pytest.mark.parametrize("broken", ["truncated", "a name less", "another shape", "another dtype"])
+def test_a_master_of_other_weights_is_refused(broken, tmp_path, workdir):
+    policy, tokenizer = load_policy("tiny", dtype=torch.bfloat16)
+    make_optimizer(policy, "rmsprop", 1e-5)
+    save_policy(policy, tokenizer, tmp_path / "policy")
+    file = tmp_path / "policy" / MASTER
+    rests = load_file(file)
+    name = next(iter(rests))
+    if broken == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        last = {
+            "a name less": {},
+            "another shape": {name: rests[name][:-1]},
+            "another dtype": {name: rests[name].int()},
+        }
+        del rests[name]
+        save_file({**rests, **last[broken]}, file)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_policy(tmp_path / "policy")
+
+
+def test_sppo_learns_in_bf16_as_on_a_gpu_and_keeps_the_master_between_iterations(workdir, monkeypatch, one_thread):
+    monkeypatch.setattr(sppo, "load_policy", partial(load_policy, dtype=torch.bfloat16))
+    carried, make = [], sppo.make_optimizer
+
+    def spy(policy, rule, lr):
+        carried.append({n: getattr(p, "master_remainder", None) for n, p in policy.named_parameters()})
+        carried[-1] = {n: None if x is None else x.clone() for n, x in carried[-1].items()}
+        return make(policy, rule, lr)
+
+    monkeypatch.setattr(sppo, "make_optimizer", spy)
+    settings = {"limit": 640, "n_eval": 160, "iterations": 2, "epochs": 2}
+    start, _, last = sppo.main(sppo.Args(**settings, name="bf16"))
+    assert last["exact_match"] > start["exact_match"] + 0.1
+    first, second = carried
+    assert all(x is None for x in first.values())
+    for name, rest in load_file(workdir / "runs" / "bf16" / "iter_1" / "policy" / MASTER).items():
+        assert torch.equal(second[name], rest)
+        assert rest.any()
