@@ -1466,24 +1466,24 @@ def plan_run(args, device, rule, trained, memory=None):
         "sampling": ("slots", args.slots, slot, 1),
         "training": ("micro_tokens", tokens, per_token[checkpointing], row),
     }
-    for stage, parts in stages(checkpointing).items():
-        excess = sum(parts.values()) - have
-        if excess > 0:
-            remedy = "it takes a GPU with more memory or a smaller --model"
-            if device == "cpu":
-                on_gpu = plan_run(replace(args, checkpointing="on"), "cuda", rule, trained, math.inf)["stages"].values()
-                most = max(sum(parts.values()) for parts in on_gpu)
-                remedy = f"a CUDA GPU would do, in bf16 it takes {most / 1e9:.0f} GB; or a smaller --model"
-            if stage in knobs:
-                flag, now, each, least = knobs[stage]
-                most = math.floor(now - excess / each)
-                if most >= least:
-                    remedy = f"--{flag} {most} fits"
-                elif most > 0:
-                    remedy = f"lower --max_new_tokens: {most} tokens fit for a prompt with {trained} responses"
+    wanted, flags = {stage: sum(parts.values()) for stage, parts in stages(checkpointing).items()}, []
+    stage = max(wanted, key=wanted.get)
+    short = f"--model {args.model}: {stage} takes {_parts(stages(checkpointing)[stage])}, there are {have / 1e9:.1f}"
+    for stage in [stage for stage in wanted if wanted[stage] > have]:
+        flag, now, each, least = knobs.get(stage, ("", 0, 1, 1))
+        most = math.floor(now - (wanted[stage] - have) / each)
+        if device == "cpu" and most <= 0:
+            on_gpu = plan_run(replace(args, checkpointing="on"), "cuda", rule, trained, math.inf)["stages"].values()
+            most = max(sum(parts.values()) for parts in on_gpu)
             raise InputError(
-                f"--model {args.model}: {stage} takes {_parts(parts)}, there are {have / 1e9:.1f}; {remedy}"
+                f"{short}; a CUDA GPU would do, in bf16 it takes {most / 1e9:.0f} GB; or a smaller --model"
             )
+        require(most > 0, f"{short}; it takes a GPU with more memory or a smaller --model")
+        require(
+            most >= least, f"{short}; lower --max_new_tokens: {most} tokens fit for a prompt and {trained} responses"
+        )
+        flags.append(f"--{flag} {most}")
+    require(not flags, f"{short}; it fits with {' '.join(flags)}")
     disk, free = (args.iterations + 1) * sum(weights.values()), shutil.disk_usage(".").free
     require(memory or disk <= free, f"runs/ would take {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: free some")
     facts = {"parameters": n, "memory": have, "disk": disk, "checkpointing": checkpointing}

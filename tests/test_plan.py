@@ -99,14 +99,22 @@ def test_the_flag_that_a_refusal_names_fits_and_little_more_does(flag, memory):
     if flag == "slots":
         args.max_new_tokens = 16  # so that training fits
         args.slots = 4096
-    with pytest.raises(InputError, match=rf"--{flag} \d+ fits") as refused:
+    with pytest.raises(InputError, match=rf"it fits with --{flag} \d+$") as refused:
         plan_run(args, "cuda", "rmsprop", 2, memory)
     most = int(str(refused.value).split(f"--{flag} ")[1].split()[0])
     setattr(args, flag, most)
     plan_run(args, "cuda", "rmsprop", 2, memory)
     setattr(args, flag, int(1.2 * most))
-    with pytest.raises(InputError, match=rf"--{flag} \d+ fits"):
+    with pytest.raises(InputError, match=rf"it fits with --{flag} \d+$"):
         plan_run(args, "cuda", "rmsprop", 2, memory)
+
+
+def test_a_refusal_names_all_flags_or_none():
+    """A flag that mends one stage is no help where another cannot be mended."""
+    with pytest.raises(InputError, match=r"it fits with --slots \d+ --micro_tokens \d+$"):
+        plan_run(sppo.Args(**{**ARGS, "slots": 9999}, checkpointing="off"), "cuda", "rmsprop", 2, 5e9)
+    with pytest.raises(InputError, match="more memory or a smaller --model"):
+        plan_run(sppo.Args(**{**ARGS, "slots": 9999}), "cuda", "rmsprop", 2, 1e9)
 
 
 def test_checkpointing_comes_when_memory_requires_it():
