@@ -18,14 +18,10 @@ Targets: 3 x `generate` at spread lengths (on CUDA 5 x) and 1.3 x at equal lengt
 CUDA graphs is left to it. With sdpa it builds a dense mask over all rows.
 """
 
-import argparse
 import logging
-import platform
 import random
 import sys
 import time
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +30,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from measure import header, make_parser, reason
 
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # a missing response is noticed below
 K, GROUP, PAGE = 5, 8, 32  # responses per prompt; prompts in a batch of generate; tokens in a page of generate_batch
@@ -105,11 +102,6 @@ def hf_generate_batch(policy, prompts, longest, eos_ids, lengths):
 CONTESTANTS = {"ours": ours, "transformers generate": hf_generate, "transformers generate_batch": hf_generate_batch}
 
 
-def reason(error):
-    """Why a row has no figures, in one line."""
-    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
-
-
 def race(policy, count, prompts, longest, eos_ids, repeats):
     """All contestants on the same prompts, `repeats` rounds; prints a table."""
     speeds, occupancy, failed, lengths = {name: [] for name in CONTESTANTS}, {}, {}, []
@@ -137,22 +129,12 @@ def race(policy, count, prompts, longest, eos_ids, repeats):
         print(f"{name:<30}", figures)
 
 
-def header(args, *packages):
-    """Where, with what and when, in one line."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    versions = ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
-    return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--mean", type=int, default=50)
     parser.add_argument("--longest", type=int, default=240)
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     cuda = args.device == "cuda"
     args.dtype = "bfloat16" if cuda else "float32"

@@ -17,14 +17,8 @@ Liger: the operator under its GRPO loss, and its fused cross-entropy with reduct
 fused head of its DPOTrainer, and selective_log_softmax, which is given logits.
 """
 
-import argparse
-import os
-import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -33,6 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from measure import header, make_parser, memory_in_a_child, peak_memory, reason, synchronize
 
 KEEP = common.KEEP  # contestants set it
 
@@ -114,20 +109,11 @@ def forward_backward(name, hidden, weight, targets, g):
 
 
 def seconds(args, function, *inputs):
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(args.device)
     start = time.perf_counter()
     output = function(*inputs)
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(args.device)
     return time.perf_counter() - start, output
-
-
-def reason(error):
-    """Why a row has no figures, in one line."""
-    if isinstance(error, ModuleNotFoundError) and error.name in ("liger_kernel", "trl"):
-        return "not installed"
-    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
 
 
 def print_time(args):
@@ -154,25 +140,6 @@ def print_time(args):
         print(f"{name:<38}", failed.get(name) or f"{median(ratios[name]):>21.2f}{errors[name]:>14.1e}")
 
 
-def resident(field):
-    """Bytes of this process in memory: now (VmRSS) or at most since the peak was set back (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def peak_memory(device, function, *inputs):
-    """Bytes at the peak of a call beyond what was there before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*inputs)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = resident("VmRSS")
-    function(*inputs)
-    return resident("VmHWM") - before
-
-
 def print_memory(args):
     n, d, v = args.memory_sizes
     given = inputs(n, d, v, args)
@@ -190,21 +157,11 @@ def print_memory(args):
         print(f"{name:<38}", figures)
 
 
-def header(args, *packages):
-    """Where, with what and when, in one line."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    versions = ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
-    return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = make_parser(__doc__)
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on CUDA")
     parser.add_argument("--sizes", type=int, nargs=3, help="N D V of the first table, by device")
     parser.add_argument("--memory_sizes", type=int, nargs=3, help="N D V of the second table, by device")
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory_only", action="store_true", help="only the second table")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -215,9 +172,7 @@ def main():
         return print_memory(args)
     print(header(args, "torch", "transformers", "liger_kernel", "trl"))
     print_time(args)
-    sys.stdout.flush()
-    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors from 1 MiB on have pages of their own
-    subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
+    memory_in_a_child()
 
 
 if __name__ == "__main__":

@@ -21,20 +21,15 @@ malloc returns freed tensors at once.
 Target: twice the pairs per second of TRL's better row.
 """
 
-import argparse
 import copy
 import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -44,6 +39,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
+from measure import header, make_parser, memory_in_a_child, peak_memory, reason, synchronize
 
 ETA = 10.0
 
@@ -149,39 +145,8 @@ def inputs(args):
     return policy, pairs
 
 
-def synchronize(args):
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-
-
 def count(tokens, name, body, args, kwargs):
     tokens[name] += kwargs["input_ids"].numel()
-
-
-def reason(error):
-    """Why a row has no figures, in one line."""
-    if isinstance(error, ModuleNotFoundError) and error.name in ("trl", "datasets"):
-        return "not installed"
-    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
-
-
-def resident(field):
-    """Bytes of this process in memory: now (VmRSS) or at most since the peak was set back (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def peak_memory(device, function, *inputs):
-    """Bytes at the peak of a call beyond what was there before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*inputs)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = resident("VmRSS")
-    function(*inputs)
-    return resident("VmHWM") - before
 
 
 def print_memory(args):
@@ -215,10 +180,10 @@ def print_time(args):
                     mine = copy.deepcopy(policy)
                     steps[name] = CONTESTANTS[name](mine, pairs, args)
                     mine.base_model.register_forward_pre_hook(partial(count, tokens, name), with_kwargs=True)
-                synchronize(args)
+                synchronize(args.device)
                 start = time.perf_counter()
                 norm = steps[name]()
-                synchronize(args)
+                synchronize(args.device)
             except Exception as error:  # whatever other people's code raises here
                 failed[name] = reason(error)
                 continue
@@ -240,22 +205,12 @@ def print_time(args):
         print(f"{name:<24}", *(f"{figure:>15}" for figure in figures), sep="")
 
 
-def header(args, *packages):
-    """Where, with what and when, in one line."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    versions = ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
-    return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
     parser.add_argument("--pairs", type=int, default=16, help="pairs in a step")
     parser.add_argument("--micro_tokens", type=int, help="padded tokens in a forward of ours, by device")
     parser.add_argument("--trl_pairs", type=int, help="pairs in a forward of TRL, by device; divides --pairs")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory_only", action="store_true", help="only the second table")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -267,9 +222,7 @@ def main():
         return print_memory(args)
     print(header(args, "torch", "transformers", "trl"))
     print_time(args)
-    sys.stdout.flush()
-    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors from 1 MiB on have pages of their own
-    subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
+    memory_in_a_child()
 
 
 if __name__ == "__main__":

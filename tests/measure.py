@@ -1,0 +1,72 @@
+"""What the benches share: where they ran, why a row has no figures, and the peak memory of a call."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+OPTIONAL = ("trl", "liger_kernel", "datasets")
+
+
+def make_parser(description):
+    """A command line with the flags of every bench."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    found.add_argument("--repeats", type=int, default=5, help="rounds in which the contestants take turns")
+    return found
+
+
+def header(args, *packages):
+    """Where, with what and when, in one line."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    versions = ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
+    return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
+
+
+def reason(error):
+    """Why a row has no figures, in one line."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in OPTIONAL:
+        return "not installed"
+    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def resident(field):
+    """Bytes of this process in memory: now (VmRSS) or at most since the peak was set back (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_memory(device, function, *inputs):
+    """Bytes at the peak of a call beyond what was there before it; on the CPU Linux only, see memory_in_a_child."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*inputs)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = resident("VmRSS")
+    function(*inputs)
+    return resident("VmHWM") - before
+
+
+def memory_in_a_child():
+    """Run this command again with --memory_only, where malloc gives tensors from 1 MiB on pages of their own.
+
+    Kept ones would hide, or seem to be, memory of the next call.
+    """
+    sys.stdout.flush()
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
