@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +59,8 @@ if not sys.stderr.isatty():
     transformers.logging.disable_progress_bar()
 # cuDNN's attention gives NaN gradients in bf16 at some lengths on Hopper GPUs (pytorch issue 196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
+# A sum over 128k tokens, as in the head's backward, is not to be added up in bf16.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def row_logps(logits, targets, bias, scale, softcap, slopes=None):
         logits *= softcap
     logps = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
     if slopes is not None:
-        # The target's own slope p - 1 as expm1(log p): exact to the last digits where p is near 1.
+        # The target's own slope p - 1 as expm1(log p): in bf16, p would round to 1.
         logits.exp_().scatter_(1, targets[:, None], torch.expm1(logps))
         if softcap or scale != 1:
             logits *= bend if softcap else scale
@@ -267,24 +270,22 @@ def _row_kernel(
     """row_logps of one row per program: a first reading for the largest logit and the sum, a second for the slopes."""
     n = tl.program_id(0).to(tl.int64)
     row, target = logits + n * V, tl.load(targets + n)
-    peak, total, picked = -float("inf"), 0.0, 0.0
+    peak, rest, picked = -float("inf"), 0.0, 0.0  # rest: sum of exp(x - peak) over all but the target
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x, _ = _load_logits(row, bias, column, V, scale, softcap, BIAS, SOFTCAP)
         picked += tl.sum(tl.where(column == target, x, 0.0))
         higher = tl.maximum(peak, tl.max(x))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher))
+        rest = rest * tl.exp(peak - higher) + tl.sum(tl.where(column == target, 0.0, tl.exp(x - higher)))
         peak = higher
-    logp = picked - peak - tl.log(total)
-    tl.store(logps + n, logp)
+    total = rest + tl.exp(picked - peak)
+    tl.store(logps + n, picked - peak - tl.log(total))
     if SLOPES:
-        p = tl.exp(logp)  # expm1(logp) as Kahan writes it, (p - 1) logp / log p: no digit is lost near p = 1
-        inside = (p > 0.0) & (p < 1.0)
-        at_target = tl.where(inside, (p - 1.0) * logp / tl.log(tl.where(inside, p, 0.5)), tl.maximum(logp, -1.0))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x, bend = _load_logits(row, bias, column, V, scale, softcap, BIAS, SOFTCAP)
-            slope = tl.where(column == target, at_target, tl.exp(x - peak) / total) * bend
+            # The target's p - 1 is minus the sum of the others.
+            slope = tl.where(column == target, -rest, tl.exp(x - peak)) / total * bend
             tl.store(slopes + n * V + column, slope.to(slopes.dtype.element_ty), mask=column < V)
 
 
@@ -293,9 +294,10 @@ def row_logps_triton(logits, targets, bias, scale, softcap, slopes=None):
     logps = logits.new_empty(len(logits))
     absent = logits  # stands for a pointer that is not followed
     _row_kernel[(len(logits),)](
-        logits, targets, absent if bias is None else bias, logps, absent if slopes is None else slopes,
-        logits.shape[1], scale, softcap,
+        logits, targets.contiguous(), absent if bias is None else bias.contiguous(), logps,
+        absent if slopes is None else slopes, logits.shape[1], scale, softcap,
         BIAS=bias is not None, SOFTCAP=softcap > 0, SLOPES=slopes is not None, BLOCK=4096, num_warps=16,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return logps
 
@@ -550,9 +552,8 @@ def round_stochastically(x, generator):
 
 
 @_jit
-def _round_stochastically(x, seed, i):
-    noise = tl.randint(seed, i) & 0xFFFF
-    return ((x.to(tl.int32, bitcast=True) + noise.to(tl.int32)) >> 16).to(tl.int16)
+def _round_stochastically(x, noise):
+    return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
 
 
 @_jit
@@ -566,18 +567,19 @@ def _master_kernel(
     bits = (tl.load(weight + i, mask=mask, other=0).to(tl.int32) << 16) + tl.load(remainder + i, mask=mask, other=0)
     master = bits.to(tl.float32, bitcast=True)
     g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
+    noise = tl.randint(seed, i).to(tl.uint32)  # 16 bits for each moment
     direction = g
     if FIRST:
         direction = tl.load(first + i, mask=mask, other=0)
         if ROUND:
             direction = (direction.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         direction += beta1_left * (g - direction)
-        tl.store(first + i, _round_stochastically(direction, seed + 1, i) if ROUND else direction, mask=mask)
+        tl.store(first + i, _round_stochastically(direction, noise >> 16) if ROUND else direction, mask=mask)
     v = tl.load(second + i, mask=mask, other=0)
     if ROUND:
         v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     v = tl.fma(beta2_left * g, g, v * beta2)  # as torch's addcmul
-    tl.store(second + i, _round_stochastically(v, seed, i) if ROUND else v, mask=mask)
+    tl.store(second + i, _round_stochastically(v, noise) if ROUND else v, mask=mask)
     denominator = tl.div_rn(tl.sqrt_rn(v), correction) + eps
     master = master * decay + tl.div_rn(lr * direction, denominator)
     bits = master.to(tl.int32, bitcast=True)
@@ -629,7 +631,7 @@ class SplitMaster(torch.optim.Optimizer):
                 else:
                     numbers = {"lr": lr / (1 - beta1**t), "beta1": beta1, "beta2": beta2}
                     numbers |= {"correction": (1 - beta2**t) ** 0.5, "decay": 1 - lr * group["weight_decay"]}
-                seed = (t << 20) + 2 * state["number"]  # a step's random numbers are its own
+                seed = hash((t, state["number"])) & 0x7FFFFFFF  # each step and parameter rounds by its own numbers
                 update = update_master_triton if triton and p.is_cuda else update_master
                 update(p, state, **numbers, eps=group["eps"], seed=seed)
 
@@ -660,7 +662,7 @@ def update_master_triton(p, state, lr, beta1, beta2, correction, decay, eps, see
     as_bits = (lambda x: x.view(torch.int16)) if rounded else (lambda x: x)
     _master_kernel[(triton.cdiv(p.numel(), 1024),)](
         p.data.view(torch.int16), p.master_remainder, p.grad.contiguous(), as_bits(first), as_bits(second),
-        p.numel(), -lr, 1 - beta1, beta2, 1 - beta2, correction, eps, decay, seed & 0x7FFFFFFF,
+        p.numel(), -lr, 1 - beta1, beta2, 1 - beta2, correction, eps, decay, seed,
         FIRST="first" in state, ROUND=rounded, BLOCK=1024, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -1055,7 +1057,8 @@ class SlotCache(Cache):
         self.capacity, self.view = capacity, 1
         self.rows = torch.arange(slots, device=device)
         self.pos = torch.zeros(slots, dtype=torch.long, device=device)
-        super().__init__(layers=[SlotLayer(slots, layer, self) for layer in prefilled.layers])
+        me = weakref.proxy(self)  # a cycle would keep the keys and values on the GPU after generate
+        super().__init__(layers=[SlotLayer(slots, layer, me) for layer in prefilled.layers])
 
     def fork(self, rows, prefilled, sources, lengths):
         """Give each of `rows` a copy of a prefilled prompt: row rows[i] continues prompt sources[i] of `prefilled`."""
@@ -1215,6 +1218,7 @@ def generate(
             noise[rows, :-1] = torch.stack([s["noise"] for s in taken])
             live[rows] = True
             owner.update(zip(rows, [s["sample"] for s in taken], strict=True))
+            prefilled = prefilled if waiting else None  # not needed any more
         if not owner:
             continue
         # 3. Nothing waits and half of the rows are idle: go on with the others only.
@@ -1244,24 +1248,27 @@ def round_up(n, step):
 
 def run_graph(step, graphs, key, device):
     """Call step(), on a CUDA GPU as a graph of its kernels, recorded once per key: one launch instead of hundreds."""
-    if device.type != "cuda" or graphs.get(key) == "eager":
+    if device.type != "cuda":
         step()
     elif key in graphs:
-        graphs[key].replay()
+        graphs[key]()
     else:
-        stream = torch.cuda.Stream()  # the first call of a key is run as it is, off the default stream, then recorded
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream, default = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(default)
+        with torch.cuda.stream(stream):  # the first call of a key runs as it is, off the default stream
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        default.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=graphs.setdefault("memory", torch.cuda.graph_pool_handle())):
                 step()
-            graphs[key] = graph
+            graphs[key] = graph.replay
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # an architecture that decides something on the host in every step
+            torch.cuda.set_stream(default)
             print(f"no CUDA graph for this model, so generation is slower ({str(error).splitlines()[0]:.80})")
-            graphs[key] = "eager"
+            graphs[key] = step
 
 
 def fits_slots(policy):
@@ -1417,7 +1424,7 @@ def footprint(config, dtype):
 def memory_of(device):
     """Bytes that a run may take: the GPU's free memory, or this machine's (or container's) main memory."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return int(0.95 * torch.cuda.mem_get_info()[0])  # the rest is lost between allocations
     limits = [math.inf]
     with contextlib.suppress(AttributeError, ValueError):  # not on Windows
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -1447,7 +1454,9 @@ def plan_run(args, device, rule, trained, memory=None):
     slot = kv * (args.max_prompt_tokens + args.max_new_tokens) + 40 * config.vocab_size
     row = args.max_prompt_tokens + trained * args.max_new_tokens  # the longest row to train on
     tokens = max(args.micro_tokens, row)
-    head = min(KEEP, tokens * config.vocab_size * dtype.itemsize) + CHUNK[device] * config.vocab_size * 4
+    slopes = tokens * config.vocab_size * dtype.itemsize  # over KEEP the weights' gradient is summed in float32 instead
+    head = slopes if slopes <= KEEP else max(KEEP, 2 * 4 * config.vocab_size * config.hidden_size)
+    head += CHUNK[device] * config.vocab_size * 4
     one_layer = activations // config.num_hidden_layers
     inputs = config.num_hidden_layers * config.hidden_size * dtype.itemsize  # of the layers: what checkpointing keeps
     per_token = {False: activations, True: inputs + one_layer}
@@ -1505,21 +1514,22 @@ def show_plan(plan, args):
 
 
 def show_hours(policy, prompts, size, args, rule, trained):
-    """Print how long a run takes at most, from a little sampling and one training step, of learning rate 0.
+    """Print about how long a run takes, from a little sampling and a training step of learning rate 0, timed here.
 
     prompts: of encode_prompts; size: how many of them an iteration has; rule, trained: as for plan_run.
     """
 
     def seconds(function):
-        start = time.perf_counter()
-        function()
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize()
+        for _ in range(2):  # the first one loads and compiles
+            start = time.perf_counter()
+            function()
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    some, n = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]], min(args.max_new_tokens, 32)
+    n = min(args.max_new_tokens, 128)
+    some = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]]
     sample = partial(generate, policy, some, k=args.k, max_new_tokens=n, eos_ids=[-1], slots=args.slots)
-    sample()  # the first call records graphs
     token = seconds(sample) / (len(some) * args.k * n)
     prompts, responses = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
     rows = micro_batches(policy, prompts, responses, args.micro_tokens)[-1]
@@ -1534,7 +1544,7 @@ def show_hours(policy, prompts, size, args, rule, trained):
     training = response * trained * size * (args.epochs + 1 / 3)
     training += update * args.epochs * math.ceil(size / args.batch_size)
     hours = args.iterations * (sampling + training) / 3600
-    print(f"  time        at most {hours:.2g} hours and the judge's, if every response has --max_new_tokens tokens")
+    print(f"  time        about {hours:.2g} hours and the judge's, if every response has --max_new_tokens tokens")
 
 
 # ------------------------------------------------------------------------------------------------------------------

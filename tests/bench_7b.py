@@ -4,9 +4,9 @@
     python tests/bench_7b.py --hidden 256 --layers 2 --pairs 4   a look at it anywhere
 
 Sampling: `--slots` rows of K = 5 responses to prompts of 256 tokens, none of which ends before `--new_tokens`, with the
-recipe's temperature and top-p; the first call records the CUDA graphs and is not timed. Bandwidth: bytes of weights and
-of the keys and values that a step reads, over its time. Training: one step of `sppo.train_step` on `--pairs` pairs of
-256 prompt and 2 x 400 response tokens, the second of two; TFLOP/s counts 6 x parameters x tokens of both rows.
+recipe's temperature and top-p; a first call is not timed, but each records its CUDA graphs. Bandwidth: bytes of
+weights and of the keys and values that a step reads, over its time. Training: a step of `sppo.train_step` on `--pairs`
+pairs of 256 prompt and 2 x 400 response tokens, the second of two; TFLOP/s counts 6 x parameters x tokens of both rows.
 """
 
 import argparse
@@ -86,8 +86,11 @@ def main():
     common.attach("ref_logps", [y for _, y in rows], ref_logps)
     for _ in range(2):
         _, seconds = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
+    policy._shares_prompts = False
+    _, apart = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
     flops = 6 * n * sum(len(x) + len(y["ids"]) for x, y in rows) / seconds / 1e12
     print(f"training   {args.pairs / seconds:.3g} pairs/s, {flops:,.1f} TFLOP/s; {peak(device)}")
+    print(f"           {args.pairs / apart:.3g} pairs/s with the prompt in a row for each response")
 
 
 if __name__ == "__main__":

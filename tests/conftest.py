@@ -24,7 +24,9 @@ def tiny_cache(tmp_path_factory):
 @pytest.fixture
 def workdir(tmp_path, monkeypatch, tiny_cache):
     """An empty working folder, but that its runs/ already holds the built-in start."""
-    (tmp_path / "runs").symlink_to(tiny_cache)
+    (tmp_path / "runs").mkdir()
+    for folder in tiny_cache.glob("tiny-*"):
+        (tmp_path / "runs" / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,5 +1,7 @@
 import functools
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -181,6 +183,24 @@ def test_prompts_that_repeat_get_the_same_samples(mistral):
     settings = {"k": 2, "max_new_tokens": 20, "eos_ids": EOS, "slots": 3}
     once, other, again = generate(mistral, [PROMPTS[1], PROMPTS[2], PROMPTS[1]], **settings)
     assert once == again != other
+
+
+def test_the_cache_is_gone_when_generate_returns(mistral, monkeypatch):
+    """Tens of gigabytes on a GPU: they cannot wait for the garbage collector."""
+    caches, make = [], common.SlotCache.__init__
+
+    def spy(self, *args):
+        make(self, *args)
+        caches.append(weakref.ref(self.layers[0].keys))
+
+    monkeypatch.setattr(common.SlotCache, "__init__", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(mistral, PROMPTS, k=2, max_new_tokens=8, eos_ids=EOS, slots=4)
+        assert [ref() for ref in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_sampling_leaves_the_global_random_numbers_alone(mistral):

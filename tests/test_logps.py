@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import subprocess
@@ -206,10 +207,18 @@ def test_the_triton_kernels_compile_for_gpus_that_are_not_here(tmp_path):
         pytest.skip("triton is for Linux only")
     kernels = []
     for on in (False, True):
-        names = dict.fromkeys(("BIAS", "SOFTCAP", "SLOPES"), on) | {"BLOCK": 4096}
-        floats = {"logits": "*fp32", "targets": "*i64", "bias": "*bf16", "logps": "*fp32", "slopes": "*bf16"}
+        constants = dict.fromkeys(("BIAS", "SOFTCAP", "SLOPES"), on) | {"BLOCK": 4096}
+        tensors = {"logits": "*fp32", "targets": "*i64", "bias": "*bf16", "logps": "*fp32", "slopes": "*bf16"}
         numbers = {"V": "i32", "scale": "fp32", "softcap": "fp32"}
-        kernels.append(("_row_kernel", {**floats, **numbers, **dict.fromkeys(names, "constexpr")}, names))
+        kernels.append(("_row_kernel", {**tensors, **numbers}, constants))
+    for first, rounded in itertools.product((False, True), repeat=2):
+        constants, moment = {"FIRST": first, "ROUND": rounded, "BLOCK": 1024}, "*i16" if rounded else "*fp32"
+        tensors = {"weight": "*i16", "remainder": "*i16", "grad": "*bf16", "first": moment, "second": moment}
+        numbers = dict.fromkeys(("lr", "beta1_left", "beta2", "beta2_left", "correction", "eps", "decay"), "fp32")
+        kernels.append(("_master_kernel", {**tensors, **numbers, "n": "i32", "seed": "i32"}, constants))
+    kernels = [
+        (name, {**types, **dict.fromkeys(constants, "constexpr")}, constants) for name, types, constants in kernels
+    ]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(Path(common.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
