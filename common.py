@@ -368,7 +368,8 @@ def token_logps(hidden, weight, targets, *, bias=None, scale=1.0, softcap=0.0):
     hidden (N, D) and weight (V, D), targets (N,) int64, bias (V,) or None; logits are multiplied by `scale` (Cohere,
     Granite), then soft-capped (Gemma). Returns (N,) float32 (float64 for float64 inputs), nats, differentiable (once)
     in hidden, weight and bias. Beside them it holds CHUNK x V logits, and for backward N x V slopes in the weights'
-    dtype if these are at most KEEP bytes. Raises ValueError when the shapes do not fit.
+    dtype if these are at most KEEP bytes. Targets are in [0, V); not for use under autocast, which would round logits.
+    Raises ValueError when the shapes do not fit.
 
     >>> hidden, weight = torch.zeros(1, 2), torch.zeros(4, 2)  # four equal logits
     >>> round(token_logps(hidden, weight, torch.tensor([3])).item(), 6)  # log(1/4)
@@ -595,6 +596,7 @@ class SplitMaster(torch.optim.Optimizer):
     high half of its master and p.master_remainder (int16) the rest; p outlives the optimiser and so does its master.
     params: bf16 parameters; rule: "rmsprop" or "adamw", torch.optim's with the same names and defaults. With float32
     `moments` the master is torch.optim's float32 parameter bit for bit; with bf16 they are rounded stochastically.
+    The remainders are in no state_dict: save and load them with the weights, as save_policy and load_policy do.
     Bytes per parameter with its gradient: RMSprop 8 (10 with float32 moments), AdamW 10 (14).
     """
 
@@ -829,6 +831,17 @@ def load_config(name):
         raise _not_loaded(name, error) from None
 
 
+def check_positions(name, config, context):
+    """Raise InputError if the model has fewer than `context` positions."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or context
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond these, the angles of a row would depend on its batch mates
+        positions = rope.get("original_max_position_embeddings", positions)
+    too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
+    require(context <= positions, too_long)
+
+
 def _not_loaded(name, error):
     """The InputError for whatever transformers raised: OSError, ValueError, KeyError, ...: the remedy is the same."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -863,12 +876,7 @@ def load_policy(name, device="cpu", context=0, dtype=None):
             p.master_remainder = p.master_remainder.to(device)
     policy.eval()  # eval for good: dropout has no place in any log-prob here, training included
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS, so no answer could end")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or context
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond these, the angles of a row would depend on its batch mates
-        positions = rope.get("original_max_position_embeddings", positions)
-    too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
-    require(context <= positions, too_long)
+    check_positions(name, config, context)
     rows = policy.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
     linear = policy.base_model is not policy and policy.get_output_embeddings() is not None and _head_fits(policy)
@@ -910,13 +918,17 @@ def save_policy(policy, tokenizer, folder):
 
 def _load_master(policy, file):
     """Join the remainders in `file`, if it is there, to the parameters: float32 ones become the master itself."""
-    if not file.is_file():
+    if not file.exists():
         return
-    rests, params = load_file(file), dict(policy.named_parameters())
+    try:
+        rests = load_file(file)
+    except Exception as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
+    params = dict(policy.named_parameters())
     fits = rests.keys() == params.keys() and all(
         rests[name].dtype == torch.int16 and rests[name].shape == p.shape for name, p in params.items()
     )
-    require(fits, f"{MASTER} does not belong to these weights")
+    require(fits, f"{file} does not belong to these weights; without it they are loaded as they are")
     for name, p in params.items():
         if p.dtype == torch.float32:
             p.data = join_master(p.data.bfloat16(), rests[name])
@@ -1319,7 +1331,7 @@ class DigitsJudge:
 
     q is the share of right positions, less the difference in length as a share of the right length (at most 1).
     A judge is any object that is called like this one, with up to 64 prompts and any K; `metrics` is optional and goes
-    into the table. JUDGES makes it without arguments.
+    into metrics.jsonl. JUDGES makes it without arguments.
     """
 
     def quality(self, prompts, responses):
@@ -1380,14 +1392,16 @@ def judge_prefs(judge, prompts, responses, finished, desc="judging"):
 # 8. Plan
 # ------------------------------------------------------------------------------------------------------------------
 
-KNOWN = {  # configurations of MODELS, so that no network is needed to say that a run does not fit
-    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": None}),
-    "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, {}),
-    "gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, {"head_dim": 256}),
-    "zephyr-7b-sft": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": 4096}),
-    "pythia-2.8b": ("gpt_neox", 50304, 2560, 10240, 32, 32, 32, {}),
-    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, {"tie_word_embeddings": True}),
-    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, {"tie_word_embeddings": True}),
+# Configurations of MODELS, so that no network is needed to say that a run does not fit: type, vocabulary, hidden size,
+# MLP, layers, heads, key-value heads, positions.
+KNOWN = {
+    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, 32768, {"sliding_window": None}),
+    "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 8192, {}),
+    "gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, 8192, {"head_dim": 256}),
+    "zephyr-7b-sft": ("mistral", 32000, 4096, 14336, 32, 32, 8, 32768, {"sliding_window": 4096}),
+    "pythia-2.8b": ("gpt_neox", 50304, 2560, 10240, 32, 32, 32, 2048, {}),
+    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, 32768, {"tie_word_embeddings": True}),
+    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, 8192, {"tie_word_embeddings": True}),
 }
 
 
@@ -1396,8 +1410,9 @@ def known_config(name):
     if name not in KNOWN:
         return load_config(name)
     kind, *sizes, more = KNOWN[name]
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return AutoConfig.for_model(kind, **dict(zip((*names, "num_key_value_heads"), sizes, strict=True)), **more)
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "max_position_embeddings"]
+    return AutoConfig.for_model(kind, **dict(zip(names, sizes, strict=True)), **more)
 
 
 def footprint(config, dtype):
@@ -1441,6 +1456,7 @@ def plan_run(args, device, rule, trained, memory=None):
     {part: bytes}}}.
     """
     config = known_config(args.model)
+    check_positions(args.model, config, args.max_prompt_tokens + args.max_new_tokens)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         n, kv, activations = footprint(config, dtype)
@@ -1513,10 +1529,11 @@ def show_plan(plan, args):
     print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
 
 
-def show_hours(policy, prompts, size, args, rule, trained):
+def show_hours(policy, prompts, held_out, args, rule, trained):
     """Print about how long a run takes, from a little sampling and a training step of learning rate 0, timed here.
 
-    prompts: of encode_prompts; size: how many of them an iteration has; rule, trained: as for plan_run.
+    prompts, held_out: those of one iteration and of an evaluation, as split_prompts gives them; rule, trained: as for
+    plan_run.
     """
 
     def seconds(function):
@@ -1531,18 +1548,18 @@ def show_hours(policy, prompts, size, args, rule, trained):
     some = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]]
     sample = partial(generate, policy, some, k=args.k, max_new_tokens=n, eos_ids=[-1], slots=args.slots)
     token = seconds(sample) / (len(some) * args.k * n)
-    prompts, responses = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
-    rows = micro_batches(policy, prompts, responses, args.micro_tokens)[-1]
-    prompts, responses = [prompts[i] for i in rows], [responses[i] for i in rows]
+    xs, ys = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
+    rows = micro_batches(policy, xs, ys, args.micro_tokens)[-1]
+    xs, ys = [xs[i] for i in rows], [ys[i] for i in rows]
     optimizer = make_optimizer(policy, rule, 0.0)
-    response = seconds(lambda: response_logps(policy, prompts, responses).sum().backward()) / len(rows)
+    response = seconds(lambda: response_logps(policy, xs, ys).sum().backward()) / len(rows)
     update = seconds(optimizer.step)
     optimizer.zero_grad()
     print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update")
-    sampling = token * args.max_new_tokens * (size * args.k + args.n_eval)
-    # A third of an epoch more: the log-probs of the reference, forward only.
-    training = response * trained * size * (args.epochs + 1 / 3)
-    training += update * args.epochs * math.ceil(size / args.batch_size)
+    sampling = token * args.max_new_tokens * (len(prompts) * args.k + len(held_out))
+    # Forward only is a third: the log-probs of the reference, and the KL from both models.
+    training = response * (trained * len(prompts) * (args.epochs + 1 / 3) + len(held_out) * 2 / 3)
+    training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
     hours = args.iterations * (sampling + training) / 3600
     print(f"  time        about {hours:.2g} hours and the judge's, if every response has --max_new_tokens tokens")
 

@@ -15,7 +15,8 @@ Where this file departs from the paper, and why:
  2. A prompt whose best and worst response are the same, or tie, is left out: it would only say "stay where you are".
  3. A response may have 1024 new tokens; the paper gives 1024 to prompt and response together.
  4. The judge is so far the built-in one of the digits task; the paper's is PairRM.
- 5. On CUDA weights are bf16 with an exact float32 master, and RMSprop's moment is bf16, rounded stochastically.
+ 5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+    stochastically.
 Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
@@ -301,7 +302,7 @@ def main(args):
     if plan["checkpointing"]:
         use_checkpointing(policy)
     if args.dry_run:
-        show_hours(policy, prompts, len(parts[0]), args, "rmsprop", trained)
+        show_hours(policy, parts[0], held_out, args, "rmsprop", trained)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
@@ -359,7 +360,7 @@ def main(args):
     write_json(run / "outputs.json", alpaca_outputs(held_out, answers[best], run.name))
     show_table(table, COLUMNS, best)
     print(f"* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
-    if table[best]["win_rate_vs_start"] < 0.5:
+    if table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
         print("but even it loses to the start: try a lower --learning_rate or more prompts")
     return table
 

@@ -191,7 +191,9 @@ def test_a_float32_policy_leaves_no_master(tmp_path, workdir):
     assert not (tmp_path / "policy" / MASTER).exists()
 
 
-@pytest.mark.parametrize("broken", ["truncated", "a name less", "another shape", "another dtype"])
+@pytest.mark.parametrize(
+    "broken", ["truncated", "a name less", "a name more", "another shape", "another dtype", "a folder"]
+)
 def test_a_master_of_other_weights_is_refused(broken, tmp_path, workdir):
     policy, tokenizer = load_policy("tiny", dtype=torch.bfloat16)
     make_optimizer(policy, "rmsprop", 1e-5)
@@ -201,15 +203,19 @@ def test_a_master_of_other_weights_is_refused(broken, tmp_path, workdir):
     name = next(iter(rests))
     if broken == "truncated":
         file.write_bytes(file.read_bytes()[:-9])
+    elif broken == "a folder":
+        file.unlink()
+        file.mkdir()
     else:
+        rest = rests.pop(name)
         last = {
             "a name less": {},
-            "another shape": {name: rests[name][:-1]},
-            "another dtype": {name: rests[name].int()},
+            "a name more": {name: rest, "other": rest.clone()},
+            "another shape": {name: rest.T.contiguous()},  # with as many elements
+            "another dtype": {name: rest.int()},
         }
-        del rests[name]
         save_file({**rests, **last[broken]}, file)
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=MASTER):
         load_policy(tmp_path / "policy")
 
 

@@ -126,10 +126,14 @@ def test_checkpointing_comes_when_memory_requires_it():
 
 
 def test_rows_too_long_for_the_memory_name_the_flag_that_shortens_them():
+    args = sppo.Args(**{**ARGS, "slots": 1, "max_new_tokens": 2500}, checkpointing="off")
     with pytest.raises(InputError, match=r"lower --max_new_tokens: \d+ tokens fit"):
-        plan_run(
-            sppo.Args(**{**ARGS, "slots": 1, "max_new_tokens": 2500, "checkpointing": "off"}), "cuda", "rmsprop", 2, 5e9
-        )
+        plan_run(args, "cuda", "rmsprop", 2, 5e9)
+
+
+def test_too_few_positions_are_said_before_memory(workdir):
+    with pytest.raises(InputError, match="has 512 positions"):
+        plan_run(sppo.Args(max_new_tokens=10**7), "cpu", "rmsprop", 2)
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_start(monkeypatch):
