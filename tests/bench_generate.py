@@ -130,7 +130,7 @@ def race(policy, count, prompts, longest, eos_ids, repeats):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--mean", type=int, default=50)

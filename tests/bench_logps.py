@@ -158,7 +158,7 @@ def print_memory(args):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, repeats=7)
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on CUDA")
     parser.add_argument("--sizes", type=int, nargs=3, help="N D V of the first table, by device")
     parser.add_argument("--memory_sizes", type=int, nargs=3, help="N D V of the second table, by device")

@@ -206,7 +206,7 @@ def print_time(args):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
     parser.add_argument("--pairs", type=int, default=16, help="pairs in a step")
     parser.add_argument("--micro_tokens", type=int, help="padded tokens in a forward of ours, by device")

@@ -15,11 +15,11 @@ import torch
 OPTIONAL = ("trl", "liger_kernel", "datasets")
 
 
-def make_parser(description):
+def make_parser(description, repeats):
     """A command line with the flags of every bench."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    found.add_argument("--repeats", type=int, default=5, help="rounds in which the contestants take turns")
+    found.add_argument("--repeats", type=int, default=repeats, help="rounds in which the contestants take turns")
     return found
 
 
