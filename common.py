@@ -438,7 +438,9 @@ def response_logps(policy, prompts, responses):
     groups = prompt_groups(policy, prompts)
     for row, group in enumerate(groups):
         prompt = prompts[group[0]]
-        ids.append(list(prompt)), position.append(list(range(len(prompt)))), piece.append([0] * len(prompt))
+        ids.append(list(prompt))
+        position.append(list(range(len(prompt))))
+        piece.append([0] * len(prompt))
         for n, i in enumerate(group, 1):
             y, start = responses[i], len(ids[row])
             # Each token is predicted by the one before it, the first by the last of the prompt.
@@ -594,8 +596,9 @@ class SplitMaster(torch.optim.Optimizer):
 
     The spacing of bf16 at 0.02 is 1.2e-4, so that an update of 5e-7 would vanish. Here each parameter p is the rounded
     high half of its master and p.master_remainder (int16) the rest; p outlives the optimiser and so does its master.
-    params: bf16 parameters; rule: "rmsprop" or "adamw", torch.optim's with the same names and defaults. With float32
-    `moments` the master is torch.optim's float32 parameter bit for bit; with bf16 they are rounded stochastically.
+    params: bf16 parameters; rule: "rmsprop" (which reads alpha and eps) or "adamw" (betas, eps, weight_decay), as in
+    torch.optim, with its defaults. Raises ValueError for another rule or dtype. With float32 `moments` the master is
+    torch.optim's float32 parameter bit for bit; with bf16 they are rounded stochastically.
     The remainders are in no state_dict: save and load them with the weights, as save_policy and load_policy do.
     Bytes per parameter with its gradient: RMSprop 8 (10 with float32 moments), AdamW 10 (14).
     """
@@ -1485,8 +1488,8 @@ def plan_run(args, device, rule, trained, memory=None):
             "evaluation": {**weights, "previous iterate": sum(weights.values()), "activations": tokens * one_layer},
         }
 
-    short = sum(stages(False)["training"].values()) > have
-    checkpointing = args.checkpointing == "on" or (args.checkpointing == "auto" and short)
+    required = sum(stages(False)["training"].values()) > have
+    checkpointing = args.checkpointing == "on" or (args.checkpointing == "auto" and required)
     knobs = {
         "sampling": ("slots", args.slots, slot, 1),
         "training": ("micro_tokens", tokens, per_token[checkpointing], row),
