@@ -17,9 +17,11 @@ the generator. Log-probs are in nats. A prompt is a list of chat messages, {"rol
 """
 
 import argparse
+import collections
 import contextlib
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -31,18 +33,34 @@ import shutil
 import sys
 import time
 import weakref
-import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2Model,
+    DebertaV2PreTrainedModel,
+    DynamicCache,
+    HfArgumentParser,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -83,11 +101,14 @@ COUNT = (lambda v: 1 <= v <= 10**7, "at least 1 and at most ten million")
 POSITIVE = (lambda v: 0 < v <= 10**6, "a positive number of at most a million")
 LIMITS = {
     **dict.fromkeys(("n_eval", "max_prompt_tokens", "iterations", "max_new_tokens", "slots"), COUNT),
-    **dict.fromkeys(("epochs", "batch_size", "micro_tokens"), COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n"), COUNT),
     **dict.fromkeys(("eta", "max_grad_norm"), POSITIVE),
     "learning_rate": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "temperature": (lambda v: 0.01 <= v <= 100, "in [0.01, 100]"),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
+    "best_of": (lambda v: v == 0 or 2 <= v <= 1024, "0 (none) or between 2 and 1024"),
+    "judge_temperature": (lambda v: 0.01 <= v <= 100, "in [0.01, 100]"),
+    "repeat_share": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "k": (lambda v: 2 <= v <= 1024, "at least 2, to have something to compare with, and at most 1024"),
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "warmup_ratio": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -103,6 +124,8 @@ def check_args(args):
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use --device cpu")
     plain = not args.name or re.fullmatch(r"(?!tiny-)[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", args.name)
     require(plain, f"--name {args.name!r}: letters, digits and . _ + - make a name, and it may not begin with tiny-")
+    found = not args.tensorboard or importlib.util.find_spec("tensorboard")
+    require(found, "--tensorboard: its package is not installed: pip install tensorboard")
 
 
 def pick_device(args):
@@ -193,6 +216,18 @@ def write_jsonl(path, rows):
     """Write one JSON object per line."""
     with aside(path) as file:
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_events(folder, tables):
+    """TensorBoard event files. tables: {group: [(step, {name: number}), ...]}; what is no number is passed over."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        for group, rows in tables.items():
+            for step, values in rows:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        writer.add_scalar(f"{group}/{name}", value, step)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -683,6 +718,15 @@ def make_optimizer(policy, rule, lr):
 # 4. Data
 # ------------------------------------------------------------------------------------------------------------------
 
+SHAPES = (
+    "{prompt}, {prompt, chosen, rejected} or {chosen, rejected}, as text, {role, content} messages or transcripts "
+    "'\\n\\nHuman: ...\\n\\nAssistant: ...'; {instruction}; {instruction, completions: [{response, overall_score}]}; "
+    "{prompt, all_generated_responses, all_rm_scores}; {prompt, responses: [text or {text, ids, finished, score}]}"
+)
+DATASET_FILES = {
+    "tatsu-lab/alpaca_eval": "alpaca_eval.json"
+}  # its loading script no longer runs; the file is all it read
+
 
 def digit_prompts(n, seed):
     """n different strings of 4 to 8 digits as prompts. The right answer to each is its digits, sorted."""
@@ -693,67 +737,275 @@ def digit_prompts(n, seed):
     return [[{"role": "user", "content": text}] for text in seen]
 
 
-def _read_prompt(row, where):
-    """One row of a prompt file -> a list of messages; InputError says where and what was wrong."""
-    require(isinstance(row, dict), f'{where}: expected {{"prompt": ...}}, found {type(row).__name__}')
-    require("prompt" in row, f"{where}: no key 'prompt'; keys found: {', '.join(row) or 'none'}")
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    fits = isinstance(prompt, list) and prompt
-    fits = fits and all(
-        isinstance(m, dict) and {type(m.get(key)) for key in ("role", "content")} == {str} for m in prompt
-    )
-    require(fits, f"{where}: 'prompt' must be text or a list of {{'role', 'content'}} messages")
-    require(prompt[-1]["role"] == "user", f"{where}: the last message of a prompt must be the user's")
-    require(prompt[-1]["content"].strip(), f"{where}: the prompt is empty")
-    half = re.search("[\ud800-\udfff]", "".join(message["content"] for message in prompt))
-    require(not half, f"{where}: half of a surrogate pair, which is no character")
+def not_loaded(flag, name, what, error):
+    """The InputError for whatever transformers, datasets or the hub raised, with what to do about it."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+
+    def because(*kinds):
+        return any(isinstance(e, kinds) for e in chain)
+
+    if because(InputError):
+        return next(e for e in chain if isinstance(e, InputError))
+    if os.path.exists(name):
+        reason = f"{what} cannot be read from it: {' '.join(str(error).split())[:300] or type(error).__name__}"
+    elif because(HFValidationError) or name.startswith((".", "/", "~")):
+        reason = "no such file or folder"
+    elif because(GatedRepoError):
+        reason = "it is gated: accept its terms on its page, then log in with `hf auth login`, or give a local folder"
+    elif because(RepositoryNotFoundError):
+        reason = "no such folder here, and no such repository on the hub (if it is private: `hf auth login`)"
+    elif because(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        reason = f"no such folder here, and the hub, where {what} would be, is not reachable; a local folder works"
+    else:
+        reason = f"{what} cannot be loaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
+    return InputError(f"{flag} {name}: {reason}")
+
+
+def read_rows(flag, source):
+    """Yield (where, row) for each row of `source`.
+
+    source: a .jsonl, .json or .parquet file, gzipped or not, a folder of such files, or a dataset on the hub; the last
+    two as NAME or NAME:split, by default the split "train" or the only one. `where` says which line or row it is.
+    Raises InputError, which begins with `flag`.
+    """
+    if not os.path.isfile(source):
+        yield from _dataset_rows(flag, source)
+        return
+    kind = Path(source.removesuffix(".gz")).suffix
+    known = kind in (".jsonl", ".json", ".parquet")
+    require(known, f"{flag} {source}: only .jsonl, .json and .parquet are read, each gzipped or not")
+    try:
+        with open(source, "rb") as file:
+            opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            with opener(source, "rb") as file:
+                rows = pyarrow.parquet.read_table(file).to_pylist()
+            yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+            return
+        with opener(source, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if re.match(r"\s*\[\s*(\{|$)", line):  # one list of all rows
+                        yield from ((f"row {i}", row) for i, row in enumerate(json.loads(line + file.read()), 1))
+                    elif line.strip():
+                        yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{flag} {source}, line {number}: not JSON ({error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # gzip, zlib, unicode and parquet each have errors of their own
+        raise InputError(f"{flag} {source}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+def _dataset_rows(flag, source):
+    """read_rows of a folder or a dataset on the hub."""
+    import datasets  # takes a second
+
+    name, _, split = source.partition(":")
+    looks_like_file = name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+    require(not looks_like_file, f"{flag} {source}: no such file")
+    datasets.disable_progress_bars()
+    try:
+        if name in DATASET_FILES:
+            file = hf_hub_download(name, DATASET_FILES[name], repo_type="dataset")
+            yield from read_rows(flag, file)
+            return
+        found = datasets.load_dataset(name, split=split or None)
+    except Exception as error:
+        raise not_loaded(flag, name, "the dataset", error) from None
+    if not split:
+        split = "train" if "train" in found else next(iter(found))
+        require(split == "train" or len(found) == 1, f"{flag} {name}: give {name}:split, one of {', '.join(found)}")
+        found = found[split]
+    yield from ((f"row {i}", row) for i, row in enumerate(found, 1))
+
+
+class LeftOut(Exception):
+    """A row that is well formed but of no use; load_... count the reasons and print them."""
+
+
+def use_if(condition, reason):
+    """Raise LeftOut(reason) unless `condition` holds."""
+    if not condition:
+        raise LeftOut(reason)
+
+
+def as_messages(value):
+    """Text, a transcript as in SHAPES, or {"role", "content"} messages -> a list of messages."""
+    if isinstance(value, str):
+        text, *turns = re.split(r"\n\n(Human|Assistant):", value)
+        if text or not turns:
+            return [{"role": "user", "content": value}]
+        roles = [{"Human": "user", "Assistant": "assistant"}[who] for who in turns[::2]]
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[1::2], strict=True)]
+    sound = isinstance(value, list) and value
+    sound = sound and all(isinstance(m, dict) and {type(m.get(n)) for n in ("role", "content")} == {str} for m in value)
+    require(sound, "a prompt or response must be text or a list of {'role', 'content'} messages")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _prompt_and_answer(value):
+    """What "chosen" or "rejected" holds: (the messages before the answer, [] if they are not in it, the answer)."""
+    if isinstance(value, str) and not value.startswith("\n\nHuman:"):
+        return [], value
+    *prompt, last = as_messages(value)
+    use_if(last["role"] == "assistant", "without an answer at the end")
+    return prompt, last["content"]
+
+
+def read_prompt(row):
+    """The prompt of a row of any of SHAPES, as messages. Raises LeftOut, or InputError for another shape."""
+    given = row.get("prompt", row.get("instruction"))
+    inside = []
+    if "chosen" in row and "rejected" in row:
+        inside, other = (_prompt_and_answer(row[name])[0] for name in ("chosen", "rejected"))
+        use_if(inside == other, "without a common prompt")
+    known = given is not None or inside
+    require(known, f"of no known shape; keys found: {', '.join(map(str, row)) or 'none'}; shapes accepted: {SHAPES}")
+    prompt = as_messages(given) if given is not None else inside
+    if prompt[-1] == {"role": "assistant", "content": ""}:  # a transcript up to where the answer begins
+        prompt = prompt[:-1]
+    use_if(prompt and prompt[-1]["role"] == "user", "without a user's turn at the end")
+    if inside and given is not None:  # the messages may begin with a system turn that "prompt" leaves out
+        use_if(inside[-len(prompt) :] == prompt, "with messages that do not repeat the prompt")
+        prompt = inside
+    use_if(prompt[-1]["content"].strip(), "empty")
+    half = any(re.search("[\ud800-\udfff]", message["content"]) for message in prompt)
+    use_if(not half, "with half of a surrogate pair, which is no character")
     return prompt
 
 
-def load_prompts(source, limit=0, seed=0):
-    """Prompts from `source`: "digits" (built in) or a .jsonl or .jsonl.gz file of {"prompt": text or messages}.
+def completion_score(completion):
+    """How good UltraFeedback says a completion is: its fine-grained score, else the mean of its ratings.
+
+    The overall score stands in only if it is under 10, since a 10 means 1 in old revisions. None: it does not say.
+    """
+    ratings = [rating.get("Rating") for rating in (completion.get("annotations") or {}).values()]
+    ratings = [float(rating) for rating in ratings if re.fullmatch(r"[0-9.]+", str(rating))]  # not "N/A"
+    overall = completion.get("overall_score")
+    guesses = [completion.get("fine-grained_score"), sum(ratings) / len(ratings) if ratings else None]
+    guesses.append(overall if overall != 10 else None)
+    return next((float(g) for g in guesses if isinstance(g, int | float) and math.isfinite(g)), None)
+
+
+def read_pair(row):
+    """{"prompt", "chosen", "rejected"} of a row of any of SHAPES that holds a pair, the last two as text.
+
+    Of UltraFeedback's completions the best and the worst, by completion_score. Raises LeftOut or InputError.
+    """
+    prompt = read_prompt(row)
+    if row.get("completions") is not None:
+        scored = [(completion_score(c), c.get("response")) for c in row["completions"]]
+        scored = sorted((s, text) for s, text in scored if s is not None and isinstance(text, str))
+        use_if(len(scored) > 1 and scored[0][0] < scored[-1][0], "without a better and a worse completion")
+        chosen, rejected = scored[-1][1], scored[0][1]
+    else:
+        require("chosen" in row and "rejected" in row, f"no pair; keys found: {', '.join(row)}")
+        chosen, rejected = (_prompt_and_answer(row[name])[1] for name in ("chosen", "rejected"))
+    use_if(chosen.strip() and rejected.strip(), "with an empty response")
+    use_if(chosen != rejected, "with two equal responses")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def read_responses(row, k):
+    """{"prompt", "responses": k of {"text", "ids", "finished", "score"}} of a row with responses of any engine.
+
+    A response is text, or a dict whose "ids" are the tokens as sampled, "finished" False if the length limit cut it,
+    and "score" a judge's; all but "text" may be missing. Raises LeftOut, or InputError if there are fewer than k.
+    """
+    texts = row.get("responses", row.get("all_generated_responses"))
+    require(isinstance(texts, list), f"no responses; keys found: {', '.join(row)}")
+    require(len(texts) >= k, f"{len(texts)} responses, --k {k} wants {k}")
+    responses = []
+    for i, y in enumerate(texts[:k]):
+        y = _prompt_and_answer(y)[1] if isinstance(y, str | list) else y
+        y = {"text": y} if isinstance(y, str) else y
+        sound = isinstance(y, dict) and isinstance(y.get("text"), str)
+        sound = sound and isinstance(y.get("finished", True), bool) and isinstance(y.get("ids", [0]), list)
+        require(sound, f"response {i + 1}: wanted text or {{'text', 'ids', 'finished', 'score'}}")
+        responses.append({name: y[name] for name in ("text", "ids", "finished", "score") if name in y})
+    for y, score in zip(responses, row.get("all_rm_scores") or [], strict=False):
+        y["score"] = score
+    scored = ["score" in y and isinstance(y["score"], int | float) and math.isfinite(y["score"]) for y in responses]
+    require(
+        all(scored) or not any("score" in y for y in responses),
+        "a response without a score, or with one that is no number",
+    )
+    return {"prompt": read_prompt(row), "responses": responses}
+
+
+def prompt_key(messages):
+    """What makes two prompts the same: roles and words; white space does not."""
+    return json.dumps([[message["role"], *message["content"].split()] for message in messages])
+
+
+def _load(flag, source, read, key, limit):
+    """{key(item): item} for what `read` makes of each row; says how many were left out and why."""
+    kept, left_out = {}, collections.Counter()
+    for where, row in read_rows(flag, source):
+        try:
+            require(
+                isinstance(row, dict), f"wanted an object with one of these keys: {SHAPES}; found {type(row).__name__}"
+            )
+            item = read({name: value for name, value in row.items() if value is not None})
+            left_out["repeated"] += key(item) in kept
+            kept.setdefault(key(item), item)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+        except (InputError, AttributeError, TypeError) as error:
+            raise InputError(f"{flag} {source}, {where}: {error}") from None
+        if limit and len(kept) == limit:
+            break
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+    require(kept, f"{flag} {source}: no row of use{f' ({reasons})' if reasons else ', it is empty'}")
+    if reasons:
+        print(f"{source}: {len(kept)} rows; left out: {reasons}")
+    return kept
+
+
+def load_prompts(source, limit=0, seed=0, flag="--prompts"):
+    """Prompts from `source`: "digits" (built in), or whatever read_rows reads, in any of SHAPES.
 
     Returns a list of prompts, each a list of {"role", "content"} messages, without repetitions, at most `limit` (0: all
-    of a file, 5,632 digits). Raises InputError naming the line and the keys found.
+    of a file, 5,632 digits). Rows of no use are counted by reason and printed. Raises InputError naming the line.
     """
     if source == "digits":
         return digit_prompts(limit or 5632, seed)
-    require(os.path.isfile(source), f"--prompts {source}: no such file; give 'digits' or a .jsonl or .jsonl.gz file")
-    require(source.endswith((".jsonl", ".jsonl.gz")), f"--prompts {source}: only .jsonl and .jsonl.gz are read")
-    prompts, rows = {}, 0
-    try:
-        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (not limit or len(prompts) < limit):
-                    where = f"--prompts {source}, line {number}"
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise InputError(f"{where}: not JSON ({error})") from None
-                    prompt = _read_prompt(row, where)
-                    prompts[json.dumps(prompt)] = prompt
-                    rows += 1
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"--prompts {source}: cannot be read ({error})") from None
-    require(prompts, f"--prompts {source}: holds no prompt")
-    if rows > len(prompts):
-        print(f"{source}: {rows - len(prompts)} repeated prompts left out")
-    return list(prompts.values())
+    return list(_load(flag, source, read_prompt, prompt_key, limit).values())
 
 
-def split_prompts(prompts, iterations, n_eval, seed):
-    """Shuffle, hold out `n_eval` (at most a quarter), cut the rest in equal parts: (parts, held_out), all disjoint."""
-    prompts = random.Random(f"split {seed}").sample(prompts, len(prompts))
+def load_pairs(source, limit=0, flag="--pairs"):
+    """Pairs from `source`, as load_prompts: a list of {"prompt": messages, "chosen": text, "rejected": text}."""
+    return list(_load(flag, source, read_pair, json.dumps, limit).values())
+
+
+def load_responses(source, k, flag="--responses"):
+    """Responses that another engine made: {prompt_key: what read_responses says of the row}."""
+    return _load(flag, source, lambda row: read_responses(row, k), lambda row: prompt_key(row["prompt"]), 0)
+
+
+def split_prompts(prompts, iterations, n_eval, seed, asked=()):
+    """Shuffle, hold out `n_eval` (at most a quarter), cut the rest in equal parts: (parts, held_out), all disjoint.
+
+    By content, not by index. prompts, asked: rows of encode_prompts; those of `asked`, for --eval_prompts, are in none.
+    """
+    keys = {prompt_key(p["prompt"]) for p in asked}
+    kept = [p for p in prompts if prompt_key(p["prompt"]) not in keys]
+    if len(kept) < len(prompts):
+        print(f"{len(prompts) - len(kept)} prompts left out: they are among --eval_prompts")
+    prompts = random.Random(f"split {seed}").sample(kept, len(kept))
     n_eval = min(n_eval, len(prompts) // 4)
     size = (len(prompts) - n_eval) // iterations
     enough = n_eval >= 2 and size >= 1
     require(enough, f"--prompts: {len(prompts)} left, too few for {iterations} iterations and a held-out part")
     held_out, rest = prompts[:n_eval], prompts[n_eval:]
     parts = [rest[i * size : (i + 1) * size] for i in range(iterations)]
-    texts = [{json.dumps(p["prompt"]) for p in part} for part in [held_out, *parts]]
-    assert len(set.union(*texts)) == sum(map(len, texts)), "the splits share a prompt"
+    texts = [keys, *({prompt_key(p["prompt"]) for p in part} for part in [held_out, *parts])]
+    assert len(set.union(*texts)) == len(keys) + len(held_out) + size * iterations, "the splits share a prompt"
     return parts, held_out
 
 
@@ -765,7 +1017,7 @@ def render(tokenizer, messages):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja2 raises whatever a template wants it to
         if messages[0]["role"] != "system" or len(messages) < 2:
-            raise InputError(f"--prompts: the chat template of this model rejects a prompt ({error})") from None
+            raise InputError(f"rejected by the model's chat template ({error})") from None
         first, second, *rest = messages  # templates that know no system role get it in front of the first user turn
         folded = {"role": second["role"], "content": f"{first['content']}\n\n{second['content']}"}
         return render(tokenizer, [folded, *rest])
@@ -782,13 +1034,30 @@ def encode(tokenizer, messages):
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     ids = []
     for piece in filter(None, re.split("(\ue000[0-9]+\ue001)", render(tokenizer, marked))):
-        text = marks.get(piece, piece)
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=piece in marks).input_ids
+        mine = piece not in marks
+        ids += tokenizer(piece, add_special_tokens=False).input_ids if mine else encode_text(tokenizer, marks[piece])
     return ids
 
 
+def encode_text(tokenizer, text):
+    """Token ids of what a user or another model wrote: no special tokens, not even those that it spells."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def turn_end(tokenizer, stop_ids):
+    """The token that ends an answer: the first of `stop_ids` that the chat template puts behind one, else EOS."""
+    mark = "\ue000"
+    with contextlib.suppress(Exception):  # no template, or one that wants other turns
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).partition(mark)[2]
+        return next(i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in stop_ids)
+    return tokenizer.eos_token_id
+
+
 def encode_prompts(tokenizer, prompts, max_tokens):
-    """Render and tokenise: a list of {"prompt", "prompt_ids"}; prompts over `max_tokens` are left out and counted.
+    """Render and tokenise: a list of {"prompt", "prompt_ids"}.
+
+    Prompts over `max_tokens`, and those that the model's chat template rejects, are left out and counted.
 
     The tokenizer adds no special tokens of its own, so that there is exactly one BOS for a model that wants one,
     whether its template writes it or not.
@@ -797,16 +1066,22 @@ def encode_prompts(tokenizer, prompts, max_tokens):
         print("this model has no chat template: prompts are given to it as plain text")
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("a").input_ids[0] == bos
-    kept = []
+    kept, left_out = [], collections.Counter()
     for messages in prompts:
-        ids = encode(tokenizer, messages)
+        try:
+            ids = encode(tokenizer, messages)
+        except InputError as error:
+            left_out[str(error)] += 1
+            continue
         if wants_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
         if 0 < len(ids) <= max_tokens:
             kept.append({"prompt": messages, "prompt_ids": ids})
-    if len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: over --max_prompt_tokens {max_tokens}")
-    require(kept, f"--max_prompt_tokens {max_tokens}: no prompt is that short")
+        else:
+            left_out[f"over --max_prompt_tokens {max_tokens}"] += 1
+    for reason, n in left_out.items():
+        print(f"{n} of {len(prompts)} prompts left out: {reason}")
+    require(kept, f"no prompt is left: {' and '.join(left_out)}")
     return kept
 
 
@@ -831,7 +1106,7 @@ def load_config(name):
     try:
         return AutoConfig.from_pretrained(tiny_policy() if name == "tiny" else MODELS.get(name, name))
     except Exception as error:
-        raise _not_loaded(name, error) from None
+        raise not_loaded("--model", name, "its config.json", error) from None
 
 
 def check_positions(name, config, context):
@@ -843,13 +1118,6 @@ def check_positions(name, config, context):
         positions = rope.get("original_max_position_embeddings", positions)
     too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
     require(context <= positions, too_long)
-
-
-def _not_loaded(name, error):
-    """The InputError for whatever transformers raised: OSError, ValueError, KeyError, ...: the remedy is the same."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    where = "" if os.path.exists(name) else " (a local folder works without a network)"
-    return InputError(f"--model {name}: cannot be loaded as a causal LM: {reason}{where}")
 
 
 def load_policy(name, device="cpu", context=0, dtype=None):
@@ -871,7 +1139,7 @@ def load_policy(name, device="cpu", context=0, dtype=None):
         policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
         _load_master(policy, Path(path) / MASTER)
     except Exception as error:
-        raise _not_loaded(name, error) from None
+        raise not_loaded("--model", name, "its tokenizer or its weights, in safetensors,", error) from None
     missing = min(report["missing_keys"], default="")  # transformers fills these with random numbers
     require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")
     for p in policy.to(device).parameters():
@@ -1333,8 +1601,8 @@ class DigitsJudge:
     """Prefers the answer that is closer to the digits of the prompt, sorted: P(y > y') = sigmoid(10 (q(y) - q(y'))).
 
     q is the share of right positions, less the difference in length as a share of the right length (at most 1).
-    A judge is any object that is called like this one, with up to 64 prompts and any K; `metrics` is optional and goes
-    into metrics.jsonl. JUDGES makes it without arguments.
+    A judge is any object that is called like this one, with up to 64 prompts and any K from 2; `metrics` is optional
+    and goes into metrics.jsonl. JUDGES makes it without arguments, anew for each stage.
     """
 
     def quality(self, prompts, responses):
@@ -1358,37 +1626,244 @@ class DigitsJudge:
         return {"exact_match": (self.quality(prompts, responses) == 1).float().mean().item()}
 
 
+PAIRRM = "llm-blender/PairRM-hf"
+PAIRRM_BYTES = 4 * 436_014_081
+PAIRRM_SCORES = 2**22  # row length squared, summed over the rows of a forward, stays under this, or is of one row
+
+
+class PairRMNet(DebertaV2PreTrainedModel):
+    """The modules of PairRM under the names of its checkpoint: DeBERTa-v3 and a head on three of its hidden states."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        size, dropout = config.hidden_size, torch.nn.Dropout(config.drop_out)
+        self.pretrained_model = DebertaV2Model(config)
+        self.head_layer = torch.nn.Sequential(
+            dropout, torch.nn.Linear(2 * size, size), torch.nn.Tanh(), dropout, torch.nn.Linear(size, config.n_tasks)
+        )
+        self.post_init()
+        self._keys_to_ignore_on_load_unexpected = None  # strict
+
+    def forward(self, ids, attention_mask, at):
+        """ids, attention_mask (B, T); at (B, 3): where source and candidates begin -> pair logits (B,), float32."""
+        hidden = self.pretrained_model(ids, attention_mask=attention_mask).last_hidden_state
+        source, first, second = hidden[torch.arange(len(ids), device=ids.device)[:, None], at].float().unbind(1)
+        with torch.autocast(ids.device.type, enabled=False):  # the head in float32
+            first, second = (self.head_layer(torch.cat([source, candidate], 1)) for candidate in (first, second))
+        return (first - second)[:, 0]
+
+
+class PairRM:
+    """PairRM, a pairwise reward model (Jiang et al. 2023, arXiv 2306.02561), in plain transformers.
+
+    It reads a prompt and two responses and gives a logit M(y1, y2), in general not -M(y2, y1). A judge: called with B
+    prompts (text or messages) and as many lists of K texts it returns prefs (B, K, K) float32, P(y_i > y_j), with 1/2
+    on the diagonal and where both responses read the same, and P + P^T = 1.
+
+    path_or_id: a folder or hub id with the layout of llm-blender/PairRM-hf. dtype: of the matrix products; by default
+    float32 on the CPU, bf16 on CUDA, where float32 takes over if the two differ. preference: "pairwise"
+    (pairwise_prefs) or "official" (score_prefs of rank_scores). temperature divides the logits of either. Raises
+    InputError when the files are not all of PairRM, or more.
+    """
+
+    def __init__(self, path_or_id=PAIRRM, device="cpu", dtype=None, preference="pairwise", temperature=1.0):
+        name = PAIRRM if path_or_id == "llm-blender/PairRM" else path_or_id  # the same weights, loadable
+        try:
+            config = DebertaV2Config.from_pretrained(name)
+            require(
+                hasattr(config, "source_prefix_id"), f"its config.json is not that of {PAIRRM}: no source_prefix_id"
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.prefixes = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
+            known = self.tokenizer.convert_ids_to_tokens(self.prefixes)
+            require(
+                known == ["<|source|>", "<|candidate1|>", "<|candidate2|>"], f"its tokenizer lacks PairRM's: {known}"
+            )
+            settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            self.net, report = PairRMNet.from_pretrained(name, config=config, dtype=torch.float32, **settings)
+            kinds = [("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys")]
+            wrong = sorted(f"{kind} tensor {key}" for kind, keys in kinds for key in report[keys])
+            require(not wrong, f"not the weights of PairRM: {', '.join(wrong[:3])}; {len(wrong)} in all")
+        except InputError as error:
+            raise InputError(f"--judge {name}: {error}") from None
+        except Exception as error:
+            raise not_loaded("--judge", name, "PairRM", error) from None
+        self.net.to(device).eval()
+        self.device, self.preference, self.temperature = torch.device(device), preference, temperature
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.compared = self.dtype == torch.float32
+        self.control = sorted((t.content, i) for i, t in self.tokenizer.added_tokens_decoder.items())
+
+    def encode(self, texts):
+        """Token ids of each text. What spells a control token stays text, but for [SEP], which becomes a space."""
+        spelled = "|".join(re.escape(token) for token, _ in self.control)
+        texts = [text.replace("[SEP]", " ") for text in texts]
+        texts = [re.sub(spelled, lambda found: f"{found[0][0]} {found[0][1:]}", text) for text in texts]
+        control = {i for _, i in self.control} - {self.tokenizer.unk_token_id}  # look-alikes normalise to them
+        ids = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return [[i for i in row if i not in control] for row in ids]
+
+    def pair_logits(self, prompts, responses):
+        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 on the diagonal.
+
+        A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
+        1,224 tokens and of each y 412 and half of what x leaves over. No result depends on what else is asked.
+        """
+        k, cls, sep = len(responses[0]), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        sources = self.encode([plain_text(prompt) for prompt in prompts])
+        candidates = self.encode([text for texts in responses for text in texts])
+        places = {}  # (ids, where its three parts begin) -> the entries of M that it gives
+        for b, source in enumerate(sources):
+            source = [cls, self.prefixes[0], *source[: 1224 - 3], sep]
+            room = 412 + (1224 - len(source)) // 2 - 3
+            ys = [y[:room] for y in candidates[b * k : (b + 1) * k]]
+            for i, j in itertools.permutations(range(k), 2):
+                first, second = ([cls, p, *y, sep] for p, y in zip(self.prefixes[1:], (ys[i], ys[j]), strict=True))
+                at = (1, len(source) + 1, len(source) + len(first) + 1)
+                places.setdefault(((*source, *first, *second), at), []).append((b, i, j))
+        rows, logits = sorted(places, key=lambda row: len(row[0]), reverse=True), torch.zeros(len(prompts), k, k)
+        while rows:
+            n = max(1, PAIRRM_SCORES // len(rows[0][0]) ** 2)
+            for row, logit in zip(rows[:n], self._forward(rows[:n]).tolist(), strict=True):
+                for place in places[row]:
+                    logits[place] = logit
+            rows = rows[n:]
+        return logits
+
+    @torch.no_grad()
+    def _forward(self, rows):
+        ids = pad_sequence([torch.tensor(row) for row, _ in rows], True, self.tokenizer.pad_token_id).to(self.device)
+        lengths = torch.tensor([len(row) for row, _ in rows], device=self.device)
+        inputs = (ids, (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long())
+        inputs = (*inputs, torch.tensor([at for _, at in rows], device=self.device))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.net(*inputs)
+        if not self.compared:
+            self.compared = True
+            gap = (logits - self.net(*inputs)).abs().max().item()
+            if not gap <= 0.1:
+                print(f"PairRM in {self.dtype} is off by {gap:.2g}: it goes on in float32")
+                self.dtype, logits = torch.float32, self.net(*inputs)
+        return logits
+
+    def __call__(self, prompts, responses):
+        """prompts: B texts or lists of messages; responses: B lists of K texts -> prefs (B, K, K)."""
+        logits = self.pair_logits(prompts, responses)
+        if self.preference == "official":
+            return score_prefs(rank_scores(logits), self.temperature)
+        return pairwise_prefs(logits, self.temperature)
+
+
+def plain_text(prompt):
+    """A prompt as text for a judge: the one message's content, or several with the speaker in front of each."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role'].upper()}: {message['content']}" for message in prompt)
+
+
+def pairwise_prefs(pair_logits, temperature=1.0):
+    """P(y_i > y_j) = sigmoid((M_ij - M_ji) / 2): both orders, free to be cyclic. (B, K, K) -> (B, K, K) float32."""
+    pair_logits = pair_logits.double()
+    return torch.sigmoid((pair_logits - pair_logits.mT) / 2 / temperature).float()
+
+
+def rank_scores(pair_logits):
+    """llm-blender's score of each response: the mean over all K, itself included, of M_ij - M_ji. -> (B, K) float64."""
+    return (pair_logits.double() - pair_logits.mT.double()).mean(-1)
+
+
+def score_prefs(scores, temperature=1.0):
+    """P(y_i > y_j) = sigmoid(score_i - score_j), transitive. scores (B, K) -> (B, K, K) float32.
+
+    With rank_scores it is what SPPO's official code trains on: the Bradley-Terry model closest to the pair logits.
+    """
+    return torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / temperature).float()
+
+
+def pairrm_known_answers(path_or_id):
+    """Score the two examples of PairRM's model card: a list of (prompt, y1, y2, published logit, logit here)."""
+    pairrm = PairRM(path_or_id)
+    examples = [("hello!", "hi!", "f**k off!", 1.9003), ("I love you!", "I hate you!", "I love you, too!", -1.2547)]
+    logits = pairrm.pair_logits([x for x, *_ in examples], [[y1, y2] for _, y1, y2, _ in examples])[:, 0, 1]
+    return [(*example, logit) for example, logit in zip(examples, logits.tolist(), strict=True)]
+
+
 JUDGES = {"digits": DigitsJudge}
 
 
-def load_judge(name, prompts):
-    """The judge called `name`, a key of JUDGES, for the prompts called `prompts`. Raises InputError."""
-    require(name in JUDGES, f"--judge {name}: unknown; the judges are {', '.join(JUDGES)}")
-    if name == "digits" and prompts != "digits":
-        print("--judge digits prefers the digits of a prompt, sorted, and where there are none the empty answer;")
-        print("it only shows that the model runs: to train for something, add a judge to JUDGES in common.py")
-    return JUDGES[name]()
+def load_judge(args, device):
+    """The judge that --judge names: a key of JUDGES, "pairrm", or a folder or hub id of it. Raises InputError.
 
-
-def judge_prefs(judge, prompts, responses, finished, desc="judging"):
-    """Ask the judge, check its answer, and let unfinished responses lose: prefs (B, K, K) float32.
-
-    prompts: B lists of messages; responses: B lists of K texts; finished: B lists of K bools. A response that the
-    length limit cut loses against every finished one (a judge may not see that its end is missing) and ties with other
-    cut ones. Raises InputError when the judge does not return probabilities with P + P^T = 1.
+    It is loaded for a stage and let go after it, so that it takes no memory from training.
     """
+    if args.judge in JUDGES:
+        plain = args.preference == "pairwise" and args.judge_temperature == 1
+        require(plain, f"--preference, --judge_temperature: they are PairRM's, {args.judge} has none")
+        return JUDGES[args.judge]()
+    known = args.judge == "pairrm" or "/" in args.judge or os.path.isdir(args.judge)
+    require(known, f"--judge {args.judge}: unknown; give {', '.join(JUDGES)}, pairrm, or its folder or hub id")
+    name = PAIRRM if args.judge == "pairrm" else args.judge
+    return PairRM(name, device, None, args.preference, args.judge_temperature)
+
+
+def repeated_share(ids, n):
+    """The share of n-grams of tokens that occurred before in the same response, in [0, 1); 0 if there is only one.
+
+    >>> repeated_share([1, 2, 1, 2, 1], 2)  # 12, 21, 12, 21
+    0.5
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def judge_prefs(judge, prompts, responses, desc="judging"):
+    """Ask the judge, check its answer, and let defective responses lose: prefs (B, K, K) float32.
+
+    prompts: B dicts with "prompt", a list of messages; responses: B lists of K dicts with "text", "finished" and
+    "repeats". A response that the length limit cut, or that repeats itself, loses against every sound one and ties with
+    other defective ones, whatever the judge says: it may not see as far as that. Responses with a "score" are compared
+    by that, without the judge. Raises InputError when the judge does not return probabilities with P + P^T = 1.
+    """
+    b, k = len(prompts), len(responses[0])
     prefs = []
-    for i in tqdm(range(0, len(prompts), 64), desc=desc, unit="batch", leave=False, disable=None):
-        prefs.append(torch.as_tensor(judge(prompts[i : i + 64], responses[i : i + 64]), dtype=torch.float32))
+    if "score" in responses[0][0]:
+        prefs = [score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))]
+    for i in tqdm(range(0, 0 if prefs else b, 64), desc=desc, unit="batch", leave=False, disable=None):
+        messages = [prompt["prompt"] for prompt in prompts[i : i + 64]]
+        texts = [[y["text"] for y in row] for row in responses[i : i + 64]]
+        some = torch.as_tensor(judge(messages, texts), dtype=torch.float32).cpu()
+        wanted = f"--judge: wanted prefs {(len(texts), k, k)}, got {tuple(some.shape)}"
+        require(some.shape == (len(texts), k, k), wanted)
+        broken = ~((some >= 0) & (some <= 1) & ((some + some.mT - 1).abs() < 1e-4)).all(-1).all(
+            -1
+        )  # NaN is broken, too
+        where = f"prompt {i + broken.int().argmax().item() + 1}, {messages[broken.int().argmax()][-1]['content']!r:.60}"
+        why = "NaN" if some.isnan().any() else "no probabilities with P(a > b) + P(b > a) = 1"
+        require(not broken.any(), f"--judge: its preferences are {why}, first for {where}")
+        prefs.append(some)
     prefs = torch.cat(prefs)
-    k = len(responses[0])
-    require(prefs.shape == (len(prompts), k, k), f"--judge: wanted prefs (B, K, K), got {tuple(prefs.shape)}")
-    sound = ((prefs + prefs.mT - 1).abs() < 1e-4).all() and ((prefs >= 0) & (prefs <= 1)).all()  # False for NaN, too
-    require(sound, "--judge: its preferences are not probabilities with P(a > b) + P(b > a) = 1")
-    finished = torch.tensor(finished).float()  # (B, K)
-    rank = finished[:, :, None] - finished[:, None, :]  # 1: only the first ended, -1: only the second
-    both_cut = (1 - finished[:, :, None]) * (1 - finished[:, None, :])
-    return torch.where(rank != 0, (rank + 1) / 2, torch.where(both_cut > 0, 0.5, prefs))
+    sound = torch.tensor([[y["finished"] and not y["repeats"] for y in row] for row in responses]).float()  # (B, K)
+    rank = sound[:, :, None] - sound[:, None, :]  # 1: only the first is sound, -1: only the second
+    neither = (1 - sound[:, :, None]) * (1 - sound[:, None, :])
+    return torch.where(rank != 0, (rank + 1) / 2, torch.where(neither > 0, 0.5, prefs))
+
+
+def equal_length_win_rate(wins, lengths, rival_lengths):
+    """The win rate, had both answers the same length: judges, PairRM among them, like the longer one better.
+
+    wins, lengths, rival_lengths (B,): P(y > y'), tokens of y and of y'. Returns the intercept of the least-squares line
+    of wins over the gap (len - len') / (len + len'), clamped to [0, 1]; the plain mean where no gap differs from 0.
+
+    >>> equal_length_win_rate(torch.tensor([0.5, 0.9]), torch.tensor([4.0, 8.0]), torch.tensor([4.0, 4.0]))
+    0.5
+    """
+    gap = (lengths - rival_lengths).double() / (lengths + rival_lengths)
+    design = torch.stack([torch.ones_like(gap), gap], 1)  # (B, 2)
+    if not gap.any():
+        return wins.mean().item()
+    return torch.linalg.lstsq(design, wins.double(), driver="gelsd").solution[0].clamp(0, 1).item()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1439,6 +1914,11 @@ def footprint(config, dtype):
     return policy.num_parameters(), keys_and_values // n, sum(storage.nbytes() for storage in kept.values()) // n
 
 
+def judge_size(name):
+    """Bytes of a PairRM's weights: of its folder's files, else of the published ones."""
+    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) or PAIRRM_BYTES
+
+
 def memory_of(device):
     """Bytes that a run may take: the GPU's free memory, or this machine's (or container's) main memory."""
     if device == "cuda":
@@ -1467,6 +1947,7 @@ def plan_run(args, device, rule, trained, memory=None):
         print(f"{args.model}: its memory cannot be counted, so it is not checked ({type(error).__name__})")
         n, kv, activations = 0, 0, 0
     config, have = config.get_text_config(), memory or memory_of(device)
+    judge = {} if args.judge in JUDGES else {"judge": judge_size(args.judge), "its batch": 512 * PAIRRM_SCORES}
     weights = {"weights": n * dtype.itemsize, "master": n * 2 if device == "cuda" else 0}
     moments = n * dtype.itemsize * {"rmsprop": 1, "adamw": 2}[rule]
     # A slot's keys and values, and its logits in float64, sorted.
@@ -1484,6 +1965,7 @@ def plan_run(args, device, rule, trained, memory=None):
         training = {"gradients": n * dtype.itemsize, "moments": moments, "head": head}
         return {
             "sampling": {**weights, "slots": args.slots * slot},
+            "judging": {**weights, **judge},
             "training": {**weights, **training, "activations": tokens * per_token[checkpointing]},
             "evaluation": {**weights, "previous iterate": sum(weights.values()), "activations": tokens * one_layer},
         }
@@ -1532,8 +2014,8 @@ def show_plan(plan, args):
     print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
 
 
-def show_hours(policy, prompts, held_out, args, rule, trained):
-    """Print about how long a run takes, from a little sampling and a training step of learning rate 0, timed here.
+def show_hours(policy, judge, prompts, held_out, args, rule, trained):
+    """Print about how long a run takes, from a little sampling, judging and a training step of rate 0, timed here.
 
     prompts, held_out: those of one iteration and of an evaluation, as split_prompts gives them; rule, trained: as for
     plan_run.
@@ -1558,13 +2040,18 @@ def show_hours(policy, prompts, held_out, args, rule, trained):
     response = seconds(lambda: response_logps(policy, xs, ys).sum().backward()) / len(rows)
     update = seconds(optimizer.step)
     optimizer.zero_grad()
-    print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update")
+    texts = ["one " * args.max_new_tokens, "two " * args.max_new_tokens]  # a token a word
+    two = seconds(lambda: judge([prompts[0]["prompt"]], [texts])) / 2  # for one of the two orders
+    print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update;")
+    print(f"              judging {two:.2g} s for two responses in one order")
     sampling = token * args.max_new_tokens * (len(prompts) * args.k + len(held_out))
     # Forward only is a third: the log-probs of the reference, and the KL from both models.
     training = response * (trained * len(prompts) * (args.epochs + 1 / 3) + len(held_out) * 2 / 3)
     training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
-    hours = args.iterations * (sampling + training) / 3600
-    print(f"  time        about {hours:.2g} hours and the judge's, if every response has --max_new_tokens tokens")
+    iterates = sum(t * (t + 1) for t in range(1, args.iterations + 1))
+    judging = two * (args.iterations * len(prompts) * args.k * (args.k - 1) + len(held_out) * iterates)
+    hours = [f"{s / 3600:.2g}" for s in (args.iterations * sampling, judging, args.iterations * training)]
+    print(f"  hours       sampling {hours[0]}, judging {hours[1]}, training {hours[2]}, at --max_new_tokens a response")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1573,7 +2060,8 @@ def show_hours(policy, prompts, held_out, args, rule, trained):
 
 
 def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling"):
-    """`generate` under the settings of `args`: for each encoded prompt a list of k {"ids", "text", "finished"}."""
+    """`generate` under the settings of `args`: for each encoded prompt a list of k as_response."""
+    eos_ids = stop_ids(policy, tokenizer)
     with tqdm(total=k * len(prompts), desc=desc, unit="response", leave=False, disable=None) as bar:
         sampled = generate(
             policy,
@@ -1582,13 +2070,42 @@ def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling")
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
-            eos_ids=stop_ids(policy, tokenizer),
+            eos_ids=eos_ids,
             seed=seed,
             slots=args.slots,
             progress=bar,
         )
     text = partial(tokenizer.decode, skip_special_tokens=True)
-    return [[{"ids": r.ids, "text": text(r.ids), "finished": r.finished} for r in row] for row in sampled]
+    return [[as_response(r.ids, text(r.ids), r.finished, args) for r in row] for row in sampled]
+
+
+def as_response(ids, text, finished, args):
+    """A response as the scripts pass it on; "repeats" is decided here, on all of it, for the judge may see less."""
+    repeats = repeated_share(ids, args.repeat_n) >= args.repeat_share
+    return {"ids": ids, "text": text, "finished": finished, "repeats": repeats}
+
+
+def given_responses(policy, tokenizer, prompts, given, args):
+    """The responses of load_responses to `prompts`, encoded prompts: (prompts that have some, their responses).
+
+    Text becomes its tokens and the one that ends a turn; given "ids" are trained on as they are. What is over
+    --max_new_tokens keeps its start and is unfinished. Raises InputError where there is none, or an id is no token.
+    """
+    end, rows = turn_end(tokenizer, stop_ids(policy, tokenizer)), []
+    kept = [prompt for prompt in prompts if prompt_key(prompt["prompt"]) in given]
+    require(kept, f"--responses: none of its {len(given)} prompts is one to train on, of --prompts")
+    for prompt in kept:
+        rows.append([])
+        for y in given[prompt_key(prompt["prompt"])]["responses"]:
+            ids = y.get("ids") or [*encode_text(tokenizer, y["text"]), *([end] if y.get("finished", True) else [])]
+            sound = all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids) and ids
+            require(sound, f"--responses: no token ids of this model: {ids!r:.60}, for {y['text']!r:.60}")
+            finished = y.get("finished", True) and len(ids) <= args.max_new_tokens
+            score = {"score": y["score"]} if "score" in y else {}
+            rows[-1].append({**as_response(ids[: args.max_new_tokens], y["text"], finished, args), **score})
+    if len(kept) < max(len(prompts), len(given)):
+        print(f"--responses: for {len(kept)} of {len(prompts)} prompts, and {len(given) - len(kept)} not trained on")
+    return kept, rows
 
 
 def attach(name, rows, values):
@@ -1597,10 +2114,38 @@ def attach(name, rows, values):
         row[name] = value
 
 
+def best_of_n(policy, tokenizer, judge, prompts, args):
+    """Of --best_of samples per prompt the one that the judge prefers most: one response per prompt."""
+    sampled = sample_responses(policy, tokenizer, prompts, args.best_of, f"{args.seed} best of", args, "best of n")
+    best = judge_prefs(judge, prompts, sampled).mean(-1).argmax(-1)  # by the mean over all n, as win_rates
+    return [row[i] for row, i in zip(sampled, best.tolist(), strict=True)]
+
+
+def closing_answers(final, device, held_out, asked, answers, best, args):
+    """What goes into outputs.json: (prompts, one response each) of the best iterate, which lies in the folder `final`.
+
+    To `asked`, the encoded --eval_prompts, if there are any, else to the held-out prompts. With --best_of they are the
+    judge's favourites, and how often these beat the start on the held-out prompts is printed.
+    """
+    prompts, chosen = held_out, answers[best]
+    if args.best_of or asked:
+        policy, tokenizer = load_policy(str(final), device)
+    if args.best_of:
+        chosen = best_of_n(policy, tokenizer, load_judge(args, device), held_out, args)
+        wins = judge_prefs(load_judge(args, device), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
+        error = wins.std().item() / math.sqrt(len(wins))
+        print(f"the judge's favourite of {args.best_of} samples wins vs start {wins.mean():.3f} ± {error:.2g}")
+    if asked and args.best_of:
+        prompts, chosen = asked, best_of_n(policy, tokenizer, load_judge(args, device), asked, args)
+    elif asked:
+        rows = sample_responses(policy, tokenizer, asked, 1, f"{args.seed} outputs", args, "answering")
+        prompts, chosen = asked, [row[0] for row in rows]
+    return prompts, chosen
+
+
 def alpaca_outputs(prompts, answers, generator):
     """Rows as the alpaca_eval package reads them: {"instruction", "output", "generator"}."""
-    texts = ["\n\n".join(m["content"] for m in prompt["prompt"]) for prompt in prompts]
-    rows = zip(texts, answers, strict=True)
+    rows = zip([plain_text(prompt["prompt"]) for prompt in prompts], answers, strict=True)
     return [{"instruction": text, "output": answer["text"], "generator": generator} for text, answer in rows]
 
 
@@ -1617,6 +2162,8 @@ def show(metrics, columns, examples=()):
             error = f" ± {metrics[f'{name}_se']:.2g}" if f"{name}_se" in metrics else ""
             parts.append(f"{title} {number(metrics[name])}{error}")
     print(f"iterate {metrics['iteration']}: {' | '.join(parts)}")
+    if metrics["length_vs_start"] > 2:
+        print("    the answers are over twice as long as the start's: read some, and see the win rate at equal length")
     for example in examples:
         texts = [f"{r['text']!r:.60} (win rate {r['win_rate']:.2f})" for r in example["responses"]]
         print(f"    samples for {example['prompt'][-1]['content']!r:.60}: best {texts[0]}, worst {texts[-1]}")
@@ -1624,9 +2171,43 @@ def show(metrics, columns, examples=()):
 
 def show_table(table, columns, best):
     """Print the closing table, a row per iterate; the best one, which final/ holds, has a star."""
+    columns = {name: title for name, title in columns.items() if any(name in metrics for metrics in table)}
     titles = ["iterate", *columns.values()]
     rows = [[f"{'* ' if m['iteration'] == best else ''}{m['iteration']}", *(m.get(n) for n in columns)] for m in table]
     print()
     for row in [titles, *rows]:
         cells = ["" if cell is None else cell if isinstance(cell, str) else number(cell) for cell in row]
         print("  ".join(f"{cell:>{len(title)}}" for cell, title in zip(cells, titles, strict=True)))
+
+
+def win_matrix(prefs):
+    """How often each iterate beats each: {"win_rate", "standard_error"} of prefs (prompts, iterates, iterates)."""
+    error = prefs.std(0) / math.sqrt(len(prefs))
+    return {"win_rate": prefs.mean(0).tolist(), "standard_error": error.tolist()}
+
+
+def show_matrix(matrix):
+    """Print a win_matrix."""
+    print("\niterate beats  " + "  ".join(f"{t:>13}" for t in range(len(matrix["win_rate"]))))
+    for t, row in enumerate(zip(matrix["win_rate"], matrix["standard_error"], strict=True)):
+        print(f"{t:>13}  " + "  ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(*row, strict=True)))
+
+
+def main(argv=None):
+    """`python common.py pairrm PATH`: the two answers of PairRM's model card, as published and as computed here."""
+    parser = argparse.ArgumentParser(prog="common.py", description=main.__doc__)
+    parser.add_argument("what", choices=["pairrm"])
+    parser.add_argument("path", help="folder or hub id of PairRM")
+    args = parser.parse_args(argv)
+    try:
+        answers = pairrm_known_answers(args.path)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    for prompt, first, second, published, logit in answers:
+        print(f"{prompt!r}: {first!r} over {second!r}: published {published:.4f}, here {logit:.4f}")
+    right = all(abs(published - logit) < 0.01 for *_, published, logit in answers)
+    print("these are the published weights" if right else "these are not the published weights, or something is wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,11 +43,15 @@ from common import (
     attach,
     check_args,
     cli,
+    closing_answers,
     encode_prompts,
+    equal_length_win_rate,
+    given_responses,
     judge_prefs,
     load_judge,
     load_policy,
     load_prompts,
+    load_responses,
     make_optimizer,
     micro_batches,
     pick_device,
@@ -60,11 +64,14 @@ from common import (
     score,
     show,
     show_hours,
+    show_matrix,
     show_plan,
     show_table,
     split_prompts,
     start_run,
     use_checkpointing,
+    win_matrix,
+    write_events,
     write_json,
     write_jsonl,
 )
@@ -76,10 +83,14 @@ class Args:
 
     # model and data
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
-    prompts: str = HfArg(default="digits", help="Prompts: 'digits' (built in) or a .jsonl file, gzipped or not.")
-    judge: str = HfArg(default="digits", help="Who prefers: a key of JUDGES in common.py; 'digits' is built in.")
+    prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
+    responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm', its folder or hub id, or a key of common.JUDGES.")
+    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
+    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
     limit: int = HfArg(default=0, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
     # algorithm
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
@@ -92,6 +103,9 @@ class Args:
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
     max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
+    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
+    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
     slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
     # optimiser
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate of RMSprop.")
@@ -106,11 +120,14 @@ class Args:
     # run
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
+    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
 
 PAPER = {  # arXiv 2405.00675, experiments; K, T, top-p and 3 iterations are the defaults; max_new_tokens: 3. above
+    "prompts": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+    "judge": "pairrm",
     "max_prompt_tokens": 512,
     "eta": 1e3,
     "max_new_tokens": 1024,
@@ -124,10 +141,12 @@ RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
 COLUMNS = {  # of the line per iterate and of the closing table
     "loss_over_eta2": "loss/eta²",
     "win_rate_vs_start": "wins vs start",
+    "win_rate_at_equal_length": "at equal length",
     "win_rate_vs_previous": "vs previous",
     "exact_match": "exact match",
     "length": "tokens",
     "unfinished": "unfinished",
+    "repeats": "repeat",
     "kl": "KL",
     "chosen_log_ratio": "log-ratio chosen",
     "rejected_log_ratio": "log-ratio rejected",
@@ -253,32 +272,38 @@ def train(policy, pairs, seed, args):
 # Evaluate ------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(policy, tokenizer, judge, held_out, answers, previous, args):
-    """Answer the held-out prompts with the newest iterate and judge its answers against earlier ones.
+def evaluate(policy, tokenizer, held_out, answers, previous, args):
+    """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
 
     answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
-    iterate before this one, a name or folder for load_policy. Returns the metrics.
+    iterate before this one, a name or folder for load_policy. Returns the metrics, and prefs (held-out prompts,
+    iterates, iterates), 1/2 for the start alone.
     """
     t = len(answers)
     new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
     answers.append([row[0] for row in new])
-    rivals = list(zip(answers[0], answers[t - 1], answers[t], strict=True))  # per prompt: start, previous, newest
-    messages = [prompt["prompt"] for prompt in held_out]
-    texts, finished = ([[r[key] for r in row] for row in rivals] for key in ("text", "finished"))
-    metrics = {"iteration": t}
-    prefs = judge_prefs(judge, messages, texts, finished)
+    length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
+    metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
+    judge = load_judge(args, policy.device)
     if t:
-        for name, wins in (("start", prefs[:, 2, 0]), ("previous", prefs[:, 2, 1])):
+        prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
+        for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
             metrics[f"win_rate_vs_{name}"] = wins.mean().item()
             metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
-        reference, _ = load_policy(previous, policy.device)  # only now, so that it is never beside the optimiser
-        rows = ([p["prompt_ids"] for p in held_out], [r["ids"] for r in answers[t]], args.micro_tokens, "KL")
+        metrics["win_rate_at_equal_length"] = equal_length_win_rate(prefs[:, t, 0], length[t], length[0])
+    if hasattr(judge, "metrics"):
+        metrics |= judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in answers[t]])
+    del judge  # only one of judge, reference and optimiser is in memory beside the policy
+    if t:
+        reference, _ = load_policy(previous, policy.device)
+        rows = ([p["prompt_ids"] for p in held_out], [y["ids"] for y in answers[t]], args.micro_tokens, "KL")
         # E_{y ~ pi_{t+1}} of the log-ratio: the KL if --temperature and --top_p are 1, else sharper samples estimate it
         metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
-    metrics |= judge.metrics(messages, [row[2:] for row in texts]) if hasattr(judge, "metrics") else {}
-    metrics["length"] = sum(len(r["ids"]) for r in answers[t]) / len(held_out)
-    metrics["unfinished"] = sum(not r["finished"] for r in answers[t]) / len(held_out)
-    return metrics
+    metrics["length"] = length[t].mean().item()
+    metrics["length_vs_start"] = metrics["length"] / length[0].mean().item()
+    metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
+    metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
+    return metrics, prefs
 
 
 # Main ----------------------------------------------------------------------------------------------------------------
@@ -294,41 +319,48 @@ def main(args):
     plan = plan_run(args, device, "rmsprop", trained)
     if args.dry_run:
         show_plan(plan, args)
-    judge = load_judge(args.judge, args.prompts)
+    one = args.iterations == 1 or not args.responses
+    require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     prompts = load_prompts(args.prompts, args.limit, args.seed)
+    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
+    given = load_responses(args.responses, args.k) if args.responses else {}
+    judge = load_judge(args, device)  # to see that it is there; each stage loads it again
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed)
+    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens)
+    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
     if plan["checkpointing"]:
         use_checkpointing(policy)
+    print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     if args.dry_run:
-        show_hours(policy, parts[0], held_out, args, "rmsprop", trained)
+        show_hours(policy, judge, parts[0], held_out, args, "rmsprop", trained)
         return []
+    del judge
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
-    print(
-        f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} prompts held out"
-    )
     answers, previous = [], args.model
-    table = [evaluate(policy, tokenizer, judge, held_out, answers, previous, args)]
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
     show(table[0], COLUMNS)
     write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 1, line 3: K responses per prompt from pi_t
-        responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+        if args.responses:
+            prompts, responses = given_responses(policy, tokenizer, prompts, given, args)
+        else:
+            responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
         sampling_seconds = time.perf_counter() - start
-        # Alg. 1, line 4: P(y_k > y_k') for all k, k'; its mean over k' is line 5's win rate against pi_t
-        texts, finished = ([[r[key] for r in row] for row in responses] for key in ("text", "finished"))
-        prefs = judge_prefs(judge, [prompt["prompt"] for prompt in prompts], texts, finished)  # (B, K, K)
-        attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())
         rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
         write_jsonl(folder / "responses.jsonl", rows)
+        # Alg. 1, line 4: P(y_k > y_k') for all k, k'; its mean over k' is line 5's win rate against pi_t
+        prefs = judge_prefs(load_judge(args, device), prompts, responses)  # (B, K, K)
+        attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())
+        write_jsonl(folder / "preferences.jsonl", [{"prefs": row} for row in prefs.tolist()])
         # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
         pairs = make_pairs(prompts, responses, prefs, args)
         if not pairs:
-            cut = 1 - sum(sum(row) for row in finished) / (len(finished) * args.k)
+            cut = sum(not y["finished"] for row in responses for y in row) / prefs[:, 0].numel()
             nothing = f"iteration {iteration}: no response is preferred to another, and {cut:.0%} are unfinished"
             require(iteration > 1, f"{nothing}; try a higher --max_new_tokens, --k or --temperature")
             print(nothing)
@@ -341,11 +373,12 @@ def main(args):
         steps = train(policy, pairs, f"{args.seed} shuffle {iteration}", args)
         write_jsonl(folder / "steps.jsonl", steps)
 
-        metrics = evaluate(policy, tokenizer, judge, held_out, answers, previous, args)
+        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics["loss_over_eta2"] = metrics["loss"] / args.eta**2
-        metrics["tokens_per_second"] = sum(len(r["ids"]) for row in responses for r in row) / sampling_seconds
+        if not args.responses:
+            metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics["pairs"] = len(pairs)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
@@ -353,15 +386,23 @@ def main(args):
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])
+        if args.tensorboard:
+            tables = {"iterate": [(iteration, metrics)], f"iteration_{iteration}": list(enumerate(steps, 1))}
+            write_events(run / "events", tables)
 
     best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
-    write_json(run / "outputs.json", alpaca_outputs(held_out, answers[best], run.name))
     show_table(table, COLUMNS, best)
-    print(f"* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
+    matrix = win_matrix(against)
+    write_json(run / "win_rates.json", matrix)
+    show_matrix(matrix)
+    print(f"\n* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
     if table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
         print("but even it loses to the start: try a lower --learning_rate or more prompts")
+    del policy  # the best one takes its place
+    answered, chosen = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
     return table
 
 

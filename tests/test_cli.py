@@ -60,7 +60,7 @@ def test_the_job_prints_what_a_newcomer_needs(job):
 
 def test_the_run_folder_holds_what_the_readme_says(job):
     folder = job[1]
-    names = {"config.json", "final", "iter_1", "iter_2", "metrics.jsonl", "outputs.json"}
+    names = {"config.json", "final", "iter_1", "iter_2", "metrics.jsonl", "outputs.json", "win_rates.json"}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["eta"] == 10.0 and config["limit"] == 640 and config["device"] in ("cpu", "cuda")
@@ -68,9 +68,9 @@ def test_the_run_folder_holds_what_the_readme_says(job):
     rows = lines(folder / "iter_2" / "responses.jsonl")
     assert len(rows) == 240 and all(len(row["responses"]) == 5 for row in rows)
     assert set(rows[0]) == {"prompt", "prompt_ids", "responses"}
-    assert set(rows[0]["responses"][0]) == {"ids", "text", "finished", "win_rate"}
-    for row in rows:  # 1/K sum over all K, and P + P^T = 1: the K win rates of a prompt have mean 1/2
-        assert sum(y["win_rate"] for y in row["responses"]) / 5 == pytest.approx(0.5, abs=1e-5)
+    assert set(rows[0]["responses"][0]) == {"ids", "text", "finished", "repeats"}
+    prefs = torch.tensor([row["prefs"] for row in lines(folder / "iter_2" / "preferences.jsonl")])
+    torch.testing.assert_close(prefs + prefs.mT, torch.ones(240, 5, 5))
     first, second = ({json.dumps(r["prompt"]) for r in lines(folder / f"iter_{t}" / "responses.jsonl")} for t in (1, 2))
     outputs = json.loads((folder / "outputs.json").read_text())
     assert set(outputs[0]) == {"instruction", "output", "generator"} and len(outputs) == 160
@@ -82,10 +82,12 @@ def test_pairs_train_on_the_sampled_ids_of_the_best_and_the_worst(job):
     responses = {json.dumps(r["prompt"]): r["responses"] for r in lines(job[1] / "iter_1" / "responses.jsonl")}
     pairs = lines(job[1] / "iter_1" / "pairs.jsonl")
     assert len(pairs) > 150
+    prefs = [row["prefs"] for row in lines(job[1] / "iter_1" / "preferences.jsonl")]
+    win_rate = {x: [sum(row) / 5 for row in p] for x, p in zip(responses, prefs, strict=True)}
     for pair in pairs:
-        rates = [y["win_rate"] for y in responses[json.dumps(pair["prompt"])]]
+        rates = win_rate[json.dumps(pair["prompt"])]
         best, worst = pair["responses"]
-        assert best["win_rate"] == max(rates) and worst["win_rate"] == min(rates)
+        assert best["win_rate"] == pytest.approx(max(rates)) and worst["win_rate"] == pytest.approx(min(rates))
         assert {"ids": best["ids"], "text": best["text"]}.items() <= responses[json.dumps(pair["prompt"])][
             rates.index(max(rates))
         ].items() or rates.count(max(rates)) > 1
@@ -153,12 +155,13 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
     common.save_policy(LlamaForCausalLM(config), tokenizer, workdir / "llama")
     common.write_jsonl("mine.jsonl", [{"prompt": f"count to {n}"} for n in range(40)])
     flags = ["--model", "llama", "--prompts", "mine.jsonl", "--max_new_tokens", "100", "--k", "3", "--name", "mine"]
+    flags += ["--judge", "digits"]
     common.cli(sppo.main, sppo.Args, sppo.RECIPES, "", [*flags, "--learning_rate", "1e-4"])
     config = json.loads((workdir / "runs" / "mine" / "config.json").read_text())
     assert (config["eta"], config["learning_rate"], config["k"], config["batch_size"]) == (1000.0, 1e-4, 3, 64)
     table = lines(workdir / "runs" / "mine" / "metrics.jsonl")
     assert len(table) == 4 and all(m["kl"] != 0 for m in table[1:])  # even a single step per iteration moves the policy
-    assert "3 iterations x 10 prompts x 3 responses; 10 prompts held out" in capsys.readouterr().out
+    assert "3 iterations x 10 prompts x 3 responses; 10 held out" in capsys.readouterr().out
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
         (["--targets", "hard", "--log_z", "estimate"], "--targets hard"),
         (["--name", "tiny-0123456789ab"], "--name 'tiny-0123456789ab'"),
         (["--prompts", 300 * "a" + ".jsonl"], "no such file"),
-        (["--model", 300 * "a"], "cannot be loaded"),
+        (["--model", 300 * "a"], "no such file or folder"),
         (["--top_p", "0"], "--top_p 0.0: must be in (0, 1]"),
         (["--top_p", "1.1"], "--top_p 1.1"),
         (["--temperature", "0"], "--temperature"),
@@ -198,14 +201,20 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
         (["--seed", "-1"], "--seed"),
         (["--pairs", "some"], "--pairs"),
         (["--targets", "hard", "--pairs", "all"], "--targets hard"),
-        (["--judge", "me"], "--judge me: unknown; the judges are digits"),
+        (["--judge", "me"], "--judge me: unknown; give digits, pairrm, or its folder or hub id"),
         (["--prompts", "missing.jsonl"], "--prompts missing.jsonl: no such file"),
-        (["--prompts", "empty.jsonl"], "--prompts empty.jsonl: holds no prompt"),
-        (["--prompts", "bad.jsonl"], "bad.jsonl, line 1: no key 'prompt'; keys found: question"),
-        (["--model", "no/such-model"], "--model no/such-model: cannot be loaded"),
-        (["--model", "."], "--model .: cannot be loaded"),
+        (["--prompts", "empty.jsonl"], "--prompts empty.jsonl: no row of use, it is empty"),
+        (
+            ["--prompts", "bad.jsonl"],
+            "bad.jsonl, line 1: of no known shape; keys found: question; shapes accepted: {prompt}",
+        ),
+        (
+            ["--model", "no/such-model"],
+            "--model no/such-model: no such folder here, and the hub, where its config.json",
+        ),
+        (["--model", "."], "--model .: its config.json cannot be read from it"),
         (["--model"], "--model"),
-        (["--max_prompt_tokens", "2"], "--max_prompt_tokens 2: no prompt is that short"),
+        (["--max_prompt_tokens", "2"], "no prompt is left: over --max_prompt_tokens 2"),
         (["--max_new_tokens", "500"], "add up to 564, but tiny has 512 positions"),
         (["--name", "../escape"], "--name '../escape'"),
         (["--name", "a b"], "--name 'a b'"),

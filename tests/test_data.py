@@ -5,7 +5,17 @@ import pytest
 import torch
 
 import common
-from common import DigitsJudge, InputError, digit_prompts, judge_prefs, load_prompts, split_prompts
+import sppo
+from common import (
+    DigitsJudge,
+    InputError,
+    digit_prompts,
+    judge_prefs,
+    load_pairs,
+    load_prompts,
+    load_responses,
+    split_prompts,
+)
 
 DAMAGED = gzip.compress(b"")[:10] + b"\xff" * 50  # a good header, then no deflate stream: zlib.error, not OSError
 
@@ -46,21 +56,17 @@ def test_repeated_prompts_are_left_out_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a", "label": 1}', "line 2: no key 'prompt'; keys found: text, label"),
+        ('{"text": "a", "label": 1}', "line 2: of no known shape; keys found: text, label; shapes accepted: {prompt}"),
+        ('{"prompt": null, "text": ""}', "keys found: text;"),
         ("{}", "keys found: none"),
         ("[1]", "found list"),
         ('"a"', "found str"),
         ('{"prompt": "a"', "line 2: not JSON"),
-        ('{"prompt": ""}', "empty"),
-        ('{"prompt": "  "}', "empty"),
         ('{"prompt": 3}', "text or a list"),
         ('{"prompt": []}', "text or a list"),
-        ('{"prompt": null}', "text or a list"),
         ('{"prompt": [{"content": "a"}]}', "text or a list"),
         ('{"prompt": [{"role": "user", "content": null}]}', "text or a list"),
-        ('{"prompt": [{"role": "assistant", "content": "a"}]}', "last message"),
         ('{"prompt": [{"role": {"a": 1}, "content": "a"}]}', "text or a list"),
-        ('{"prompt": "\\ud800"}', "surrogate"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -88,6 +94,172 @@ def test_a_bad_file_is_named(tmp_path, name, content):
         load_prompts(str(tmp_path / name))
 
 
+# The shapes that people have on disk ---------------------------------------------------------------------------------
+
+ASSISTANT = {"role": "assistant", "content": "fine"}
+WRONG = {"role": "assistant", "content": "bad"}
+TALK = [*user("q"), ASSISTANT, *user("and?")]
+TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def completion(response, rating=None, fine=None, overall=None):
+    aspects = {} if rating is None else {"helpfulness": {"Rating": rating}, "honesty": {"Rating": "N/A"}}
+    return {"response": response, "annotations": aspects, "fine-grained_score": fine, "overall_score": overall}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "pair"),
+    [
+        ({"prompt": "q"}, user("q"), None),
+        ({"prompt": TALK}, TALK, None),
+        ({"prompt": TALK_TEXT}, TALK, None),
+        ({"prompt": "Human: is no transcript"}, user("Human: is no transcript"), None),
+        ({"instruction": "q", "output": "a", "generator": "m"}, user("q"), None),
+        ({"prompt": "q", "chosen": "fine", "rejected": " bad"}, user("q"), ("fine", " bad")),
+        ({"prompt": "q", "chosen": [*user("q"), ASSISTANT], "rejected": [*user("q"), WRONG]},
+         user("q"), ("fine", "bad")),
+        ({"prompt": user("q"), "chosen": [ASSISTANT], "rejected": [WRONG]}, user("q"), ("fine", "bad")),
+        ({"chosen": [*TALK, ASSISTANT], "rejected": [*TALK, WRONG]}, TALK, ("fine", "bad")),
+        ({"prompt": "q", "chosen": [SYSTEM, *user("q"), ASSISTANT], "rejected": [SYSTEM, *user("q"), WRONG]},
+         [SYSTEM, *user("q")], ("fine", "bad")),
+        ({"chosen": TALK_TEXT + " fine", "rejected": TALK_TEXT + " bad\n"}, TALK, ("fine", "bad")),
+        ({"prompt": TALK_TEXT, "chosen": " fine", "rejected": " bad"}, TALK, (" fine", " bad")),
+        ({"instruction": "q", "completions": []}, user("q"), "1 without a better and a worse completion"),
+        ({"instruction": "q", "completions": [completion("a", "5"), completion("b", "2"), completion("c", "N/A")]},
+         user("q"), ("a", "b")),
+        ({"instruction": "q", "completions": [completion("a", "1", 4.5, 2.0), completion("b", "5", 1.5, 9.0)]},
+         user("q"), ("a", "b")),  # the fine-grained score goes first
+        ({"instruction": "q", "completions": [completion("a", overall=10), completion("b", overall=3.0)]},
+         user("q"), "1 without a better and a worse completion"),  # 10 means 1 in old revisions
+        ({"instruction": "q", "completions": [completion("a", "3"), completion("b", "3")]},
+         user("q"), "1 without a better and a worse completion"),
+        ({"prompt": "q", "chosen": "same", "rejected": "same"}, user("q"), "1 with two equal responses"),
+        ({"prompt": "q", "chosen": " ", "rejected": "b"}, user("q"), "1 with an empty response"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_every_shape_is_read(tmp_path, row, prompt, pair):
+    path = write(tmp_path / "rows.jsonl", json.dumps(row))
+    assert load_prompts(path) == [prompt]
+    if isinstance(pair, tuple):
+        assert load_pairs(path) == [{"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}]
+    else:
+        with pytest.raises(InputError, match=pair or "no pair; keys found"):
+            load_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": " \n"}, "empty"),
+        ({"prompt": [ASSISTANT]}, "without a user's turn at the end"),
+        ({"prompt": "\ud800"}, "with half of a surrogate pair"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: A\n\nAssistant: b"},
+            "without a common prompt",
+        ),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "without an answer at the end"),
+        (
+            {"prompt": "p", "chosen": [*user("q"), ASSISTANT], "rejected": [*user("q"), WRONG]},
+            "do not repeat the prompt",
+        ),
+        ({"prompt": "good"}, "repeated"),
+        ({"prompt": " good\n"}, "repeated"),
+    ],
+)
+def test_rows_of_no_use_are_left_out_and_counted_by_reason(tmp_path, capsys, row, reason):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "good"}', json.dumps(row), json.dumps(row))
+    assert load_prompts(path) == [user("good")]
+    said = capsys.readouterr().out
+    assert "1 rows; left out: 2 " in said and reason in said
+    if reason != "repeated":
+        with pytest.raises(InputError, match=r"no row of use \(1 .*" + reason):
+            load_prompts(write(tmp_path / "alone.jsonl", json.dumps(row)))
+
+
+def test_jsonl_json_and_parquet_gzipped_or_not_hold_the_same(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "one"}, {"prompt": "zwei ☃"}, {"prompt": "three"}]
+    paths = [tmp_path / f"p.{kind}" for kind in ("jsonl", "json", "parquet")]
+    common.write_jsonl(paths[0], rows)
+    common.write_json(paths[1], rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[2])
+    for path in [*paths]:
+        paths.append(path.with_name(path.name + ".gz"))
+        paths[-1].write_bytes(gzip.compress(path.read_bytes()))
+    paths.append(tmp_path / "one-line.json")
+    paths[-1].write_text(json.dumps(rows))
+    for path in paths:
+        assert load_prompts(str(path)) == [user("one"), user("zwei ☃"), user("three")], path
+        assert load_prompts(str(path), limit=2) == [user("one"), user("zwei ☃")], path
+
+
+def test_a_folder_is_a_dataset_with_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", '{"prompt": "t"}')
+    write(folder / "test.jsonl", '{"prompt": "e"}')
+    assert load_prompts(str(folder)) == [user("t")]
+    assert load_prompts(f"{folder}:test") == [user("e")]
+    with pytest.raises(InputError, match=r"--prompts .*nope"):
+        load_prompts(f"{folder}:nope")
+    (folder / "train.jsonl").rename(folder / "validation.jsonl")
+    with pytest.raises(InputError, match=r"give .*:split, one of "):
+        load_prompts(str(folder))
+
+
+@pytest.mark.parametrize("source", ["HuggingFaceH4/ultrafeedback_binarized:train_prefs", "tatsu-lab/alpaca_eval"])
+def test_a_dataset_on_a_hub_that_is_away(source):
+    with pytest.raises(InputError, match="where the dataset would be, is not reachable; a local folder works"):
+        load_prompts(source)
+
+
+def test_responses_of_another_engine(tmp_path):
+    rows = [
+        {"prompt": "q", "responses": ["a", {"text": "b", "finished": False}, "never read"]},
+        {"prompt": "r", "responses": [{"text": "a", "ids": [5, 1]}, "b"]},
+        {"prompt": "s", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.5, -1]},
+    ]
+    rows[2] |= {"chosen": [*user("s"), ASSISTANT], "rejected": [*user("s"), WRONG]}
+    common.write_jsonl(tmp_path / "r.jsonl", rows)
+    read = list(load_responses(str(tmp_path / "r.jsonl"), 2).values())
+    assert [row["prompt"] for row in read] == [user("q"), user("r"), user("s")]
+    assert [row["responses"] for row in read] == [
+        [{"text": "a"}, {"text": "b", "finished": False}],
+        [{"text": "a", "ids": [5, 1]}, {"text": "b"}],
+        [{"text": "a", "score": 0.5}, {"text": "b", "score": -1}],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "responses": ["a"]}, "1 responses, --k 2 wants 2"),
+        ({"prompt": "q", "responses": ["a", 3]}, "response 2: wanted text or"),
+        ({"prompt": "q", "responses": ["a", {"ids": [1]}]}, "response 2: wanted text or"),
+        ({"prompt": "q", "responses": ["a", {"text": "b", "ids": "1 2"}]}, "response 2: wanted text or"),
+        ({"prompt": "q", "responses": ["a", {"text": "b", "finished": "yes"}]}, "response 2: wanted text or"),
+        ({"prompt": "q", "responses": [{"text": "a", "score": 1}, "b"]}, "a response without a score"),
+        ({"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1]}, "a response without a score"),
+        (
+            {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, "x"]},
+            "a response without a score",
+        ),
+        ({"prompt": "q", "response": "a"}, "no responses; keys found: prompt, response"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_responses_that_are_none_are_refused(tmp_path, row, message):
+    path = write(tmp_path / "r.jsonl", json.dumps(row))
+    with pytest.raises(InputError, match=r"--responses .*line 1: ") as error:
+        load_responses(path, 2)
+    assert message in str(error.value)
+
+
 def test_digit_prompts_are_different_and_belong_to_their_seed():
     prompts = digit_prompts(500, seed=1)
     texts = [p[0]["content"] for p in prompts]
@@ -104,6 +276,15 @@ def test_the_parts_and_the_held_out_prompts_are_disjoint():
     assert len(set(texts)) == len(texts)
     assert split_prompts(rows, 3, 13, seed=1)[1] == held_out != split_prompts(rows, 3, 13, seed=2)[1]
     assert len(split_prompts(rows, 3, 1000, seed=1)[1]) == 25  # never more than a quarter
+
+
+def test_eval_prompts_are_in_no_part_by_content_not_by_index(capsys):
+    rows = [{"prompt": p} for p in digit_prompts(100, seed=1)]
+    asked = [{"prompt": user(row["prompt"][0]["content"] + " \n")} for row in rows[:40]]
+    parts, held_out = split_prompts(rows, 2, 10, 1, asked)
+    used = [row["prompt"] for part in [held_out, *parts] for row in part]
+    assert len(used) == 60 and all(row["prompt"] not in used for row in rows[:40])
+    assert "40 prompts left out: they are among --eval_prompts" in capsys.readouterr().out
 
 
 def test_a_prompt_that_occurs_twice_may_not_be_split():
@@ -154,9 +335,17 @@ def test_exact_match_counts_only_what_is_right_to_the_last_digit():
     assert metrics == {"exact_match": 0.5}
 
 
-def test_unfinished_responses_lose_whatever_the_judge_says():
-    texts = [["2", "12", "12", "1"]]  # the judge would prefer the two in the middle
-    prefs = judge_prefs(DigitsJudge(), [user("21")], texts, [[True, False, False, True]])[0]
+def answers(texts, defects=()):
+    """Responses of one prompt; `defects`: index -> "cut" or "repeats"."""
+    kind = dict(defects)
+    return [
+        {"text": y, "finished": kind.get(i) != "cut", "repeats": kind.get(i) == "repeats"} for i, y in enumerate(texts)
+    ]
+
+
+def test_defective_responses_lose_whatever_the_judge_says():
+    row = answers(["2", "12", "12", "1"], {1: "cut", 2: "repeats"})  # the judge would prefer the two in the middle
+    prefs = judge_prefs(DigitsJudge(), [{"prompt": user("21")}], [row])[0]
     assert prefs[0, 1] == prefs[0, 2] == prefs[3, 1] == prefs[3, 2] == 1
     assert prefs[1, 0] == prefs[1, 3] == prefs[2, 0] == 0
     assert prefs[1, 2] == prefs[2, 1] == 0.5
@@ -167,34 +356,89 @@ def test_unfinished_responses_lose_whatever_the_judge_says():
 def test_judging_many_prompts_goes_in_order():
     prompts = digit_prompts(150, seed=1)
     texts = [["".join(sorted(p[0]["content"])), "0"] for p in prompts]
-    prefs = judge_prefs(DigitsJudge(), prompts, texts, [[True, True]] * 150)
+    prefs = judge_prefs(DigitsJudge(), [{"prompt": p} for p in prompts], [answers(row) for row in texts])
     torch.testing.assert_close(prefs, DigitsJudge()(prompts, texts))
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (torch.full((1, 2, 2), float("nan")), "probabilities"),
-        (torch.tensor([[[0.5, 0.9], [0.9, 0.5]]]), "probabilities"),
-        (torch.tensor([[[0.5, 1.5], [-0.5, 0.5]]]), "probabilities"),
-        (torch.full((1, 2, 3), 0.5), r"\(B, K, K\)"),
+        (torch.tensor([[[0.5, float("nan")], [0.1, 0.5]]]), "NaN, first for prompt 65, '1'"),
+        (torch.tensor([[[0.5, 0.9], [0.9, 0.5]]]), "no probabilities"),
+        (torch.tensor([[[0.5, 1.5], [-0.5, 0.5]]]), "no probabilities"),
+        (torch.full((1, 2, 3), 0.5), r"wanted prefs \(1, 2, 2\), got \(1, 2, 3\)"),
+        (torch.full((64, 2, 2), 0.5), r"wanted prefs \(1, 2, 2\)"),
     ],
 )
 def test_a_judge_that_returns_no_preferences_is_refused(answer, message):
+    """The second batch is the broken one."""
+
+    def judge(prompts, responses):
+        return torch.full((64, 2, 2), 0.5) if len(prompts) == 64 else answer
+
     with pytest.raises(InputError, match=message):
-        judge_prefs(lambda prompts, responses: answer, [user("1")], [["1", "2"]], [[True, True]])
+        judge_prefs(judge, [{"prompt": user("1")}] * 65, [answers("12")] * 65)
 
 
-def test_unknown_judge():
-    with pytest.raises(InputError, match="--judge nobody"):
-        common.load_judge("nobody", "digits")
+def test_scores_that_came_with_the_responses_stand_in_for_the_judge():
+    row = [{**y, "score": s} for y, s in zip(answers("ab"), (1.0, -1.0), strict=True)]
+    prefs = judge_prefs(None, [{"prompt": user("?")}], [row])
+    assert prefs[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828**-2)) and prefs[0, 1, 1] == 0.5
 
 
-def test_the_digits_judge_warns_about_prompts_of_another_kind(capsys):
-    common.load_judge("digits", "digits")
-    assert capsys.readouterr().out == ""
-    common.load_judge("digits", "mine.jsonl")
-    assert "JUDGES in common.py" in capsys.readouterr().out
+def test_unknown_judge_and_a_judge_without_temperature():
+    with pytest.raises(InputError, match="--judge nobody: unknown; give digits, pairrm"):
+        common.load_judge(sppo.Args(judge="nobody"), "cpu")
+    for setting in ({"preference": "official"}, {"judge_temperature": 2.0}):
+        with pytest.raises(InputError, match="they are PairRM's, digits has none"):
+            common.load_judge(sppo.Args(**setting), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "share"),
+    [
+        ([], 2, 0),
+        ([1], 2, 0),
+        ([1, 1], 2, 0),
+        ([1, 1, 1], 2, 0.5),
+        ([1, 2, 3, 4, 5], 1, 0),
+        ([1, 2, 3, 1, 2, 3, 1, 2, 3], 3, 4 / 7),
+        ([7] * 100, 8, 92 / 93),
+    ],
+)
+def test_repeated_share_by_hand(ids, n, share):
+    assert common.repeated_share(ids, n) == pytest.approx(share)
+
+
+def test_repetition_is_decided_on_all_of_the_response():
+    """A judge that reads the first 412 tokens sees nothing wrong with this one."""
+    ids = [*range(500), *[1, 2] * 2000]
+    args = sppo.Args()
+    assert common.as_response(ids, "", True, args)["repeats"]
+    assert not common.as_response(ids[:600], "", True, args)["repeats"]
+    assert not common.as_response(ids, "", True, sppo.Args(repeat_share=0.9))["repeats"]
+
+
+# Win rate at equal length --------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_only_likes_length_has_half_at_equal_length():
+    torch.manual_seed(0)
+    lengths, rivals = torch.randint(50, 400, (2, 4000)).float()
+    lengths *= 1.5
+    gap = (lengths - rivals) / (lengths + rivals)
+    wins = 0.5 + 0.6 * gap
+    assert wins.mean() > 0.6
+    assert common.equal_length_win_rate(wins, lengths, rivals) == pytest.approx(0.5, abs=1e-6)
+    noisy = torch.bernoulli((wins + 0.2).clamp(0, 1))  # better by 0.2, whatever the length
+    assert common.equal_length_win_rate(noisy, lengths, rivals) == pytest.approx(0.7, abs=0.03)
+
+
+def test_equal_length_win_rate_is_fair_and_needs_no_gap():
+    wins, a, b = torch.rand(50), torch.randint(1, 90, (50,)).float(), torch.randint(1, 90, (50,)).float()
+    ours, theirs = common.equal_length_win_rate(wins, a, b), common.equal_length_win_rate(1 - wins, b, a)
+    assert ours + theirs == pytest.approx(1)
+    assert common.equal_length_win_rate(wins, a, a) == pytest.approx(wins.mean().item())
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
