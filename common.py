@@ -739,9 +739,11 @@ def digit_prompts(n, seed):
 
 def not_loaded(flag, name, what, error):
     """The InputError for whatever transformers, datasets or the hub raised, with what to do about it."""
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    chain = []  # the error and what it came from
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    error = chain[0]
 
     def because(*kinds):
         return any(isinstance(e, kinds) for e in chain)
@@ -2085,12 +2087,13 @@ def as_response(ids, text, finished, args):
     return {"ids": ids, "text": text, "finished": finished, "repeats": repeats}
 
 
-def given_responses(policy, tokenizer, prompts, given, args):
-    """The responses of load_responses to `prompts`, encoded prompts: (prompts that have some, their responses).
+def given_responses(policy, tokenizer, prompts, args):
+    """The --responses to `prompts`, encoded prompts: (those that have some, k responses to each of them).
 
     Text becomes its tokens and the one that ends a turn; given "ids" are trained on as they are. What is over
     --max_new_tokens keeps its start and is unfinished. Raises InputError where there is none, or an id is no token.
     """
+    given = load_responses(args.responses, args.k)
     end, rows = turn_end(tokenizer, stop_ids(policy, tokenizer)), []
     kept = [prompt for prompt in prompts if prompt_key(prompt["prompt"]) in given]
     require(kept, f"--responses: none of its {len(given)} prompts is one to train on, of --prompts")

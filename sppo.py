@@ -51,7 +51,6 @@ from common import (
     load_judge,
     load_policy,
     load_prompts,
-    load_responses,
     make_optimizer,
     micro_batches,
     pick_device,
@@ -323,12 +322,13 @@ def main(args):
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     prompts = load_prompts(args.prompts, args.limit, args.seed)
     asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
-    given = load_responses(args.responses, args.k) if args.responses else {}
     judge = load_judge(args, device)  # to see that it is there; each stage loads it again
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
     asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens)
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
+    if args.responses:
+        parts[0], given = given_responses(policy, tokenizer, parts[0], args)
     if plan["checkpointing"]:
         use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
@@ -347,7 +347,7 @@ def main(args):
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 1, line 3: K responses per prompt from pi_t
         if args.responses:
-            prompts, responses = given_responses(policy, tokenizer, prompts, given, args)
+            responses = given
         else:
             responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
         sampling_seconds = time.perf_counter() - start
@@ -393,16 +393,16 @@ def main(args):
     best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
-    show_table(table, COLUMNS, best)
+    del policy  # the best one takes its place
+    answered, chosen = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
     matrix = win_matrix(against)
     write_json(run / "win_rates.json", matrix)
+    show_table(table, COLUMNS, best)
     show_matrix(matrix)
     print(f"\n* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
     if table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
         print("but even it loses to the start: try a lower --learning_rate or more prompts")
-    del policy  # the best one takes its place
-    answered, chosen = closing_answers(run / "final", device, held_out, asked, answers, best, args)
-    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
     return table
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import common
 import sppo
+import test_pairrm
 
 SHORT = ["--limit", "640", "--n_eval", "160", "--iterations", "2", "--epochs", "2"]
 
@@ -270,3 +272,183 @@ def test_help_lists_every_flag_and_the_short_names(capsys):
     assert all(f"--{name}" in said for name in vars(sppo.Args()))
     assert all(name in said for name in common.MODELS)
     assert "(default: 1000.0)" in said  # the recipe of the model that was named
+
+
+# Responses, judges and evaluation prompts from elsewhere -------------------------------------------------------------
+
+
+def test_a_runs_own_responses_train_the_same_policy(job, workdir):
+    """--responses with ids and finished goes on as if the run had sampled them itself."""
+    settings = {"limit": 640, "n_eval": 160, "iterations": 1, "epochs": 2}
+    file = job[1] / "iter_1" / "responses.jsonl"
+    sppo.main(sppo.Args(name="again", responses=str(file), **settings))
+    for name in ("responses.jsonl", "preferences.jsonl", "pairs.jsonl"):
+        assert lines(workdir / "runs" / "again" / "iter_1" / name) == lines(job[1] / "iter_1" / name), name
+    mine, theirs = (common.load_policy(str(f / "iter_1" / "policy"))[0] for f in (workdir / "runs" / "again", job[1]))
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_responses_as_text_are_tokenised_alone_and_end_with_the_turn(job, workdir, capsys):
+    rows = lines(job[1] / "iter_1" / "responses.jsonl")
+    given = [{"prompt": row["prompt"], "responses": [y["text"] for y in row["responses"]]} for row in rows[:100]]
+    given[0]["responses"][0] = 20 * "1"  # over --max_new_tokens: keeps its start, and may only lose
+    common.write_jsonl("vllm.jsonl", given)
+    sppo.main(sppo.Args(name="text", responses="vllm.jsonl", **{**FEW, "limit": 640, "n_eval": 160}))
+    assert "for 100 of 480 prompts, and 0 not trained on" in capsys.readouterr().out
+    mine = lines(workdir / "runs" / "text" / "iter_1" / "responses.jsonl")
+    (first, *others), *rest = [row["responses"] for row in mine]
+    assert first["ids"] == 16 * [first["ids"][0]] and not first["finished"]
+    right = [y["ids"] for row in rows[:100] for y in row["responses"] if y["finished"]]
+    found = [y["ids"] for row in [others, *rest] for y in row]
+    assert sum(a in right for a in found) > 0.99 * len(found) and all(y["finished"] for y in others)
+
+
+def test_responses_with_scores_need_no_judge_to_train(job, workdir, monkeypatch):
+    """The shape of snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset; here the scores prefer the longer answer."""
+    rows, texts = lines(job[1] / "iter_1" / "responses.jsonl"), ["1", "12", "123", "1234", "12345"]
+    shape = {"all_generated_responses": texts, "all_rm_scores": [0, 1, 2, 3, 4]}
+    common.write_jsonl("snorkel.jsonl", [{"prompt": row["prompt"][0]["content"], **shape} for row in rows])
+    sppo.main(sppo.Args(name="scores", responses="snorkel.jsonl", **{**FEW, "limit": 640, "n_eval": 160}))
+    prefs = torch.tensor([row["prefs"] for row in lines(workdir / "runs" / "scores" / "iter_1" / "preferences.jsonl")])
+    scores = torch.arange(5.0)
+    torch.testing.assert_close(prefs, torch.sigmoid(scores[:, None] - scores).expand_as(prefs))
+    for pair in lines(workdir / "runs" / "scores" / "iter_1" / "pairs.jsonl"):
+        assert [y["text"] for y in pair["responses"]] == ["12345", "1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "words"),
+    [
+        ({"prompt": "12", "responses": ["1"] * 5}, ["--iterations", "2"], "--iterations must be 1, not 2"),
+        ({"prompt": "none of them", "responses": ["1"] * 5}, [], "none of its 1 prompts is one to train on"),
+        ({"prompt": "12", "responses": ["1"] * 4}, [], "line 1: 4 responses, --k 5 wants 5"),
+        ({"prompt": "12"}, [], "line 1: no responses; keys found: prompt"),
+        ({"prompt": "12", "responses": [{"text": "1", "ids": [98]}] * 5}, [], "no token ids of this model: [98]"),
+        ({"prompt": "12", "responses": [{"text": "1", "ids": ["1"]}] * 5}, [], "no token ids of this model: ['1']"),
+        ({}, ["--judge", "nowhere/pairrm"], "--judge nowhere/pairrm: no such folder"),
+        ({}, ["--eval_prompts", "bad.json"], "--eval_prompts bad.json, line 1: not JSON"),
+    ],
+    ids=lambda value: str(value)[:50],
+)  # fmt: skip
+def test_bad_responses_are_one_line_and_leave_nothing(workdir, capsys, row, flags, words):
+    common.write_jsonl("digits.jsonl", [{"prompt": str(n)} for n in range(99)])
+    common.write_jsonl("given.jsonl", [row])
+    (workdir / "bad.json").write_text("{")
+    before = sorted(workdir.rglob("*")) + sorted((workdir / "runs").iterdir())
+    flags = ["--prompts", "digits.jsonl", "--responses", "given.jsonl", "--iterations", "1", "--n_eval", "2", *flags]
+    with pytest.raises(SystemExit) as end:
+        common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and words in said
+    assert sorted(workdir.rglob("*")) + sorted((workdir / "runs").iterdir()) == before
+
+
+def test_eval_prompts_are_answered_in_alpaca_evals_format_and_never_trained_on(workdir, capsys):
+    asked = [p[0]["content"] for p in common.digit_prompts(40, seed=1)][:12]  # the first of the very prompts of the run
+    (workdir / "alpaca.json").write_text(
+        json.dumps([{"instruction": x, "output": "", "generator": "a"} for x in asked])
+    )
+    sppo.main(sppo.Args(name="asked", eval_prompts="alpaca.json", best_of=4, **FEW))
+    folder = workdir / "runs" / "asked"
+    outputs = json.loads((folder / "outputs.json").read_text())
+    assert [row["instruction"] for row in outputs] == asked  # all of them, in their order
+    assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == "asked" for row in outputs)
+    trained = [row["prompt"][0]["content"] for row in lines(folder / "iter_1" / "responses.jsonl")]
+    assert len(trained) == 21 and not set(trained) & set(asked)
+    said = capsys.readouterr().out
+    assert "12 prompts left out: they are among --eval_prompts" in said
+    assert "the judge's favourite of 4 samples wins vs start 0." in said
+
+
+def test_the_favourite_of_n_is_the_judges(workdir):
+    policy, tokenizer = common.load_policy("tiny")
+    prompts = common.encode_prompts(tokenizer, common.digit_prompts(30, seed=3), 64)
+    judge, args = common.DigitsJudge(), sppo.Args(best_of=6)
+    best = common.best_of_n(policy, tokenizer, judge, prompts, args)
+    samples = common.sample_responses(policy, tokenizer, prompts, 6, "1 best of", args)
+    for prompt, row, favourite in zip(prompts, samples, best, strict=True):
+        quality = judge.quality([prompt["prompt"]], [[y["text"] if y["finished"] else "" for y in row]])[0].tolist()
+        assert favourite["finished"] or not any(y["finished"] for y in row)
+        right = judge.quality([prompt["prompt"]], [[favourite["text"]]]).item()
+        assert right == max(q for q, y in zip(quality, row, strict=True) if y["finished"])
+
+
+def test_the_matrix_and_the_table_say_the_same(job):
+    table = lines(job[1] / "metrics.jsonl")
+    matrix = json.loads((job[1] / "win_rates.json").read_text())
+    wins = torch.tensor(matrix["win_rate"])
+    torch.testing.assert_close(wins + wins.T, torch.ones(3, 3))
+    assert wins[2, 0].item() == pytest.approx(table[2]["win_rate_vs_start"])
+    assert matrix["standard_error"][2][1] == pytest.approx(table[2]["win_rate_vs_previous_se"])
+    assert wins[1, 0].item() == pytest.approx(table[1]["win_rate_vs_start"], abs=1e-6)  # judged again, beside a third
+    assert (
+        abs(table[2]["win_rate_at_equal_length"] - table[2]["win_rate_vs_start"]) < 0.1
+    )  # digits have nearly one length
+    assert "iterate beats" in job[0].stdout
+
+
+@pytest.mark.parametrize("preference", ["pairwise", "official"])
+def test_pairrm_judges_a_run(workdir, preference):
+    test_pairrm.build(workdir / "toy")
+    settings = {"preference": preference, "judge_temperature": 0.5, "k": 3, **FEW}
+    table = sppo.main(sppo.Args(name="toy", judge="toy", **settings))
+    folder = workdir / "runs" / "toy"
+    assert "exact_match" not in table[1] and 0 < table[1]["win_rate_at_equal_length"] < 1
+    rows = lines(folder / "iter_1" / "responses.jsonl")
+    prefs = torch.tensor([row["prefs"] for row in lines(folder / "iter_1" / "preferences.jsonl")])
+    judge = common.PairRM("toy", preference=preference, temperature=0.5)
+    sound = [b for b, row in enumerate(rows) if all(y["finished"] for y in row["responses"])]
+    texts = [[y["text"] for y in rows[b]["responses"]] for b in sound]
+    torch.testing.assert_close(prefs[sound], judge([rows[b]["prompt"] for b in sound], texts), atol=1e-5, rtol=0)
+
+
+def test_dry_run_covers_judge_and_data(workdir, capsys):
+    test_pairrm.build(workdir / "toy")
+    assert sppo.main(sppo.Args(judge="toy", dry_run=True, **FEW)) == []
+    said = capsys.readouterr().out
+    assert "judging" in said and "its batch" in said and "s for two responses in one order" in said
+    assert "1 iterations x 32 prompts x 5 responses; 8 held out" in said
+    assert [path.name for path in (workdir / "runs").iterdir() if not path.name.startswith("tiny-")] == []
+    with pytest.raises(common.InputError, match="--judge none/such"):
+        sppo.main(sppo.Args(judge="none/such", dry_run=True, **FEW))
+    with pytest.raises(common.InputError, match="--prompts none"):
+        sppo.main(sppo.Args(prompts="none.jsonl", dry_run=True, **FEW))
+
+
+def test_the_judge_is_gone_while_the_policy_trains(workdir, monkeypatch):
+    alive, seen = weakref.WeakSet(), []
+
+    class Judge(common.DigitsJudge):
+        def __init__(self):
+            alive.add(self)
+
+    monkeypatch.setitem(common.JUDGES, "digits", Judge)
+    step = sppo.train_step
+    monkeypatch.setattr(sppo, "train_step", lambda *rest: seen.append(len(alive)) or step(*rest))
+    load = sppo.load_policy
+    monkeypatch.setattr(sppo, "load_policy", lambda *rest, **more: seen.append(len(alive)) or load(*rest, **more))
+    sppo.main(sppo.Args(name="alone", **FEW))
+    assert seen[0] == 1 and len(seen) > 3 and not any(seen[1:])  # 1: main has just seen that there is a judge
+
+
+def test_tensorboard_files_hold_the_metrics_or_the_way_to_install_it(workdir, monkeypatch):
+    table = sppo.main(sppo.Args(name="board", tensorboard=True, **FEW))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir / "runs" / "board" / "events"))
+    events.Reload()
+    (wins,) = events.Scalars("iterate/win_rate_vs_start")
+    assert (wins.step, wins.value) == (1, pytest.approx(table[1]["win_rate_vs_start"]))
+    losses = [step["loss"] for step in lines(workdir / "runs" / "board" / "iter_1" / "steps.jsonl")]
+    assert [e.value for e in events.Scalars("iteration_1/loss")] == pytest.approx(losses)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(common.InputError, match="pip install tensorboard"):
+        sppo.main(sppo.Args(name="none", tensorboard=True, **FEW))
+
+
+def test_answers_that_double_in_length_are_pointed_out(capsys):
+    common.show({"iteration": 1, "length_vs_start": 1.9}, {})
+    assert "twice" not in capsys.readouterr().out
+    common.show({"iteration": 1, "length_vs_start": 2.1}, {})
+    assert "over twice as long as the start's" in capsys.readouterr().out

@@ -3,6 +3,12 @@ import random
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
@@ -284,6 +290,34 @@ def test_a_hub_id_while_offline(name, tmp_path, monkeypatch):
     assert message.endswith("is not reachable; a local folder works")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (GatedRepoError, "it is gated: accept its terms on its page, then log in with `hf auth login`"),
+        (RepositoryNotFoundError, "no such folder here, and no such repository on the hub (if it is private"),
+        (LocalEntryNotFoundError, "the hub, where its config.json would be, is not reachable; a local folder works"),
+        (HFValidationError, "no such file or folder"),
+        (ConnectionError, "is not reachable"),
+        (KeyError, "its config.json cannot be loaded: 'what went wrong'"),
+    ],
+)
+def test_what_the_hub_says_becomes_what_to_do(kind, words, tmp_path, monkeypatch):
+    """transformers and datasets wrap the hub's errors in errors of their own."""
+    monkeypatch.chdir(tmp_path)
+    inner = kind.__new__(kind)
+    Exception.__init__(inner, "what went wrong")
+
+    def fail(*_, **__):
+        try:
+            raise inner
+        except Exception as error:
+            raise (OSError("a page of text") if kind is not KeyError else error) from error
+
+    monkeypatch.setattr(common.AutoConfig, "from_pretrained", fail)
+    message = refusal("somebody/some-model")
+    assert message.startswith("--model somebody/some-model: ") and words in message
+
+
 # Stop ids -------------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +471,34 @@ def test_without_a_template_prompts_are_plain_text_and_that_is_said(capsys):
     assert "no chat template" in capsys.readouterr().out
     ids_of(chat_tokenizer(NO_BOS), user("12"))
     assert capsys.readouterr().out == ""
+
+
+TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "stops", "end"),
+    [
+        (TURNS, ["</s>", "<|end|>"], "<|end|>"),  # as Llama-3 and Gemma: a turn ends otherwise than a text
+        (TURNS, ["</s>"], "</s>"),  # what ends a turn does not end an answer
+        (WRITES_BOS, ["</s>"], "</s>"),  # no token between the turns
+        (ALWAYS_RAISES, ["</s>"], "</s>"),
+        (None, ["</s>", "<|end|>"], "</s>"),
+    ],
+)
+def test_an_answer_ends_with_the_token_that_the_template_ends_it_with(template, stops, end):
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    stops = tokenizer.convert_tokens_to_ids(stops)
+    assert common.turn_end(tokenizer, stops) == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_prompts_that_the_template_rejects_are_left_out_and_counted(capsys):
+    alternate = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
+    prompts = [user("1"), [*user("1"), *user("2")], user("3")]
+    kept = encode_prompts(chat_tokenizer(alternate), prompts, 9)
+    assert [row["prompt"] for row in kept] == [user("1"), user("3")]
+    assert "1 of 3 prompts left out: rejected by the model's chat template (one turn)" in capsys.readouterr().out
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
