@@ -4,24 +4,29 @@ Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4
 answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
 moves towards pi_{t+1}(y) ~ pi_t(y) exp(eta P(y > pi_t)): a no-regret step in the game "whose answer is preferred?".
 
-    python sppo.py                                     the built-in task, a minute on two CPU cores (README.md)
-    python sppo.py --model DIR --prompts FILE.jsonl    any causal LM, the paper's recipe; {"prompt": ...} on each line
+    python sppo.py                       the built-in task, a minute on two CPU cores (README.md)
+    python sppo.py --model mistral-7b    the paper's: UltraFeedback in thirds, PairRM; one GPU of 80 GB; not run yet
+    python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    all of it your own, at the paper's settings
 
-It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{responses,pairs,steps}.jsonl,
-iter_1/policy/, ..., final/ (the best iterate on held-out prompts) and outputs.json (its answers to them).
+It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{responses,preferences,pairs,steps}.jsonl,
+iter_1/policy/, ..., final/ (the best iterate on held-out prompts), outputs.json (its answers to them, or to
+--eval_prompts) and win_rates.json (each iterate against each).
 
 Where this file departs from the paper, and why:
- 1. A response that the length limit cut loses against every finished one: a judge may not see that its end is missing.
+ 1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
+    says: it may not see the end.
  2. A prompt whose best and worst response are the same, or tie, is left out: it would only say "stay where you are".
  3. A response may have 1024 new tokens; the paper gives 1024 to prompt and response together.
- 4. The judge is so far the built-in one of the digits task; the paper's is PairRM.
+ 4. The prompts are those of UltraFeedback's binarized version, and which third a prompt is in is drawn anew: the
+    authors' own thirds are UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, 2 and 3.
  5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
 Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
  c. turns one score per response into sigmoid(score_i - score_j), which is transitive by construction; the paper's
-    P(y > y') = sigmoid(s(y, y')) may be cyclic.
+    P(y > y') = sigmoid(s(y, y')) may be cyclic; here s is the mean of both orders. The code's is --preference official;
+ d. gives PairRM the prompt in the policy's chat template; PairRM was trained on plain text, which is what it gets here.
 eta here multiplies the preference; DNO's eta divides it.
 """
 

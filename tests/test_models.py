@@ -495,9 +495,9 @@ def test_an_answer_ends_with_the_token_that_the_template_ends_it_with(template, 
 
 def test_prompts_that_the_template_rejects_are_left_out_and_counted(capsys):
     alternate = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
-    prompts = [user("1"), [*user("1"), *user("2")], user("3")]
+    prompts = [[user("1")], [user("1"), user("2")], [user("3")]]
     kept = encode_prompts(chat_tokenizer(alternate), prompts, 9)
-    assert [row["prompt"] for row in kept] == [user("1"), user("3")]
+    assert [row["prompt"] for row in kept] == [prompts[0], prompts[2]]
     assert "1 of 3 prompts left out: rejected by the model's chat template (one turn)" in capsys.readouterr().out
 
 
