@@ -172,7 +172,8 @@ def run_folder(args, script):
     """
     model, stamp = re.sub(r"[^A-Za-z0-9._+]+", "-", Path(args.model).name)[:60], time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / (args.name or f"{script}-{model}-s{args.seed}-{stamp}")
-    require(not folder.exists(), f"--name {folder.name}: {folder} is taken; a run never overwrites another")
+    taken = f"--name {folder.name}: {folder} is taken; a run never overwrites another: remove it or choose another name"
+    require(not folder.exists(), taken)
     root = folder.parent if folder.parent.exists() else Path(".")
     writable = root.is_dir() and os.access(root, os.W_OK)
     require(writable, f"{root.resolve()}: cannot be written; start from a folder where runs/ can be made")
@@ -928,7 +929,8 @@ def read_responses(row, k):
         y = {"text": y} if isinstance(y, str) else y
         sound = isinstance(y, dict) and isinstance(y.get("text"), str)
         sound = sound and isinstance(y.get("finished", True), bool) and isinstance(y.get("ids", [0]), list)
-        require(sound, f"response {i + 1}: wanted text or {{'text', 'ids', 'finished', 'score'}}")
+        sound = sound and y.keys() <= {"text", "ids", "finished", "score", "repeats", "win_rate", "ref_logps"}
+        require(sound, f"response {i + 1}: wanted text or {{'text', 'ids', 'finished', 'score'}}, found {y!r:.60}")
         responses.append({name: y[name] for name in ("text", "ids", "finished", "score") if name in y})
     for y, score in zip(responses, row.get("all_rm_scores") or [], strict=False):
         y["score"] = score
@@ -1056,7 +1058,7 @@ def turn_end(tokenizer, stop_ids):
     return tokenizer.eos_token_id
 
 
-def encode_prompts(tokenizer, prompts, max_tokens):
+def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
     """Render and tokenise: a list of {"prompt", "prompt_ids"}.
 
     Prompts over `max_tokens`, and those that the model's chat template rejects, are left out and counted.
@@ -1082,8 +1084,8 @@ def encode_prompts(tokenizer, prompts, max_tokens):
         else:
             left_out[f"over --max_prompt_tokens {max_tokens}"] += 1
     for reason, n in left_out.items():
-        print(f"{n} of {len(prompts)} prompts left out: {reason}")
-    require(kept, f"no prompt is left: {' and '.join(left_out)}")
+        print(f"{flag}: {n} of {len(prompts)} left out: {reason}")
+    require(kept, f"{flag}: none is left: {' and '.join(left_out)}")
     return kept
 
 
@@ -1712,6 +1714,8 @@ class PairRM:
         1,224 tokens and of each y 412 and half of what x leaves over. No result depends on what else is asked.
         """
         k, cls, sep = len(responses[0]), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        if isinstance(prompts, str) or len(prompts) != len(responses) or any(len(texts) != k for texts in responses):
+            raise ValueError("wanted B prompts and B lists of as many texts each")
         sources = self.encode([plain_text(prompt) for prompt in prompts])
         candidates = self.encode([text for texts in responses for text in texts])
         places = {}  # (ids, where its three parts begin) -> the entries of M that it gives
@@ -1779,7 +1783,8 @@ def rank_scores(pair_logits):
 def score_prefs(scores, temperature=1.0):
     """P(y_i > y_j) = sigmoid(score_i - score_j), transitive. scores (B, K) -> (B, K, K) float32.
 
-    With rank_scores it is what SPPO's official code trains on: the Bradley-Terry model closest to the pair logits.
+    With rank_scores it is what SPPO's official code trains on: the Bradley-Terry model closest to M_ij - M_ji, which is
+    twice the logit of pairwise_prefs, and so depends on what else is among the K.
     """
     return torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / temperature).float()
 
@@ -1810,6 +1815,14 @@ def load_judge(args, device):
     return PairRM(name, device, None, args.preference, args.judge_temperature)
 
 
+def try_judge(judge, args):
+    """Ask the judge about two answers, so that what is wrong with it is said before the hours of sampling."""
+    if args.judge == "digits" and args.prompts != "digits":
+        print("--judge digits prefers the digits of a prompt, sorted: for other prompts it only shows that all runs")
+    answers = [{"text": text, "finished": True, "repeats": False} for text in ("Hello!", "Good day.")]
+    judge_prefs(judge, [{"prompt": [{"role": "user", "content": "Hi!"}]}], [answers])
+
+
 def repeated_share(ids, n):
     """The share of n-grams of tokens that occurred before in the same response, in [0, 1); 0 if there is only one.
 
@@ -1828,21 +1841,23 @@ def judge_prefs(judge, prompts, responses, desc="judging"):
     other defective ones, whatever the judge says: it may not see as far as that. Responses with a "score" are compared
     by that, without the judge. Raises InputError when the judge does not return probabilities with P + P^T = 1.
     """
-    b, k = len(prompts), len(responses[0])
-    prefs = []
+    b, k, prefs = len(prompts), len(responses[0]), []
+    if {len(row) for row in responses} != {k} or len(responses) != b:
+        raise ValueError(f"wanted as many responses to each of {b} prompts, got {[len(row) for row in responses][:9]}")
     if "score" in responses[0][0]:
         prefs = [score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))]
     for i in tqdm(range(0, 0 if prefs else b, 64), desc=desc, unit="batch", leave=False, disable=None):
         messages = [prompt["prompt"] for prompt in prompts[i : i + 64]]
         texts = [[y["text"] for y in row] for row in responses[i : i + 64]]
-        some = torch.as_tensor(judge(messages, texts), dtype=torch.float32).cpu()
-        wanted = f"--judge: wanted prefs {(len(texts), k, k)}, got {tuple(some.shape)}"
-        require(some.shape == (len(texts), k, k), wanted)
+        some = judge(messages, texts)
+        shape = tuple(getattr(some, "shape", ())) or type(some).__name__
+        require(shape == (len(texts), k, k), f"--judge: wanted prefs {(len(texts), k, k)}, got {shape}")
+        some = torch.as_tensor(some, dtype=torch.float32).cpu()
         broken = ~((some >= 0) & (some <= 1) & ((some + some.mT - 1).abs() < 1e-4)).all(-1).all(
             -1
         )  # NaN is broken, too
         where = f"prompt {i + broken.int().argmax().item() + 1}, {messages[broken.int().argmax()][-1]['content']!r:.60}"
-        why = "NaN" if some.isnan().any() else "no probabilities with P(a > b) + P(b > a) = 1"
+        why = "NaN" if some.isnan().any() else "no probabilities with P(a > b) + P(b > a) = 1, 1/2 for a tie"
         require(not broken.any(), f"--judge: its preferences are {why}, first for {where}")
         prefs.append(some)
     prefs = torch.cat(prefs)
@@ -1855,17 +1870,22 @@ def judge_prefs(judge, prompts, responses, desc="judging"):
 def equal_length_win_rate(wins, lengths, rival_lengths):
     """The win rate, had both answers the same length: judges, PairRM among them, like the longer one better.
 
-    wins, lengths, rival_lengths (B,): P(y > y'), tokens of y and of y'. Returns the intercept of the least-squares line
-    of wins over the gap (len - len') / (len + len'), clamped to [0, 1]; the plain mean where no gap differs from 0.
+    wins, lengths, rival_lengths (B,): P(y > y'), tokens of y and of y'. Returns the intercept, with its standard error,
+    of the least-squares line of wins over the gap (len - len') / (len + len'); the plain mean where no gap differs from
+    0; None where one side is always the longer one, since then nothing says how an equally long one would do.
 
-    >>> equal_length_win_rate(torch.tensor([0.5, 0.9]), torch.tensor([4.0, 8.0]), torch.tensor([4.0, 4.0]))
+    >>> wins, lengths, others = torch.tensor([0.3, 0.5, 0.7]), torch.tensor([2.0, 4, 6]), torch.tensor([6.0, 4, 2])
+    >>> round(equal_length_win_rate(wins, lengths, others)[0], 6)
     0.5
     """
-    gap = (lengths - rival_lengths).double() / (lengths + rival_lengths)
-    design = torch.stack([torch.ones_like(gap), gap], 1)  # (B, 2)
-    if not gap.any():
-        return wins.mean().item()
-    return torch.linalg.lstsq(design, wins.double(), driver="gelsd").solution[0].clamp(0, 1).item()
+    gap, wins = (lengths - rival_lengths).double() / (lengths + rival_lengths), wins.double()
+    if (gap.any() and not gap.min() <= 0 <= gap.max()) or len(gap) < 3:
+        return None
+    design = torch.stack([torch.ones_like(gap), gap], 1) if gap.any() else torch.ones_like(gap)[:, None]  # (B, 2)
+    inverse = torch.linalg.inv(design.T @ design)
+    line = inverse @ design.T @ wins
+    variance = ((wins - design @ line) ** 2).sum() / (len(wins) - len(line))
+    return line[0].clamp(0, 1).item(), (variance * inverse[0, 0]).sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2093,21 +2113,29 @@ def given_responses(policy, tokenizer, prompts, args):
     Text becomes its tokens and the one that ends a turn; given "ids" are trained on as they are. What is over
     --max_new_tokens keeps its start and is unfinished. Raises InputError where there is none, or an id is no token.
     """
-    given = load_responses(args.responses, args.k)
-    end, rows = turn_end(tokenizer, stop_ids(policy, tokenizer)), []
+    given, stops = load_responses(args.responses, args.k), stop_ids(policy, tokenizer)
+    end, rows = turn_end(tokenizer, stops), []
     kept = [prompt for prompt in prompts if prompt_key(prompt["prompt"]) in given]
-    require(kept, f"--responses: none of its {len(given)} prompts is one to train on, of --prompts")
+    first = [next(iter(given.values()))["prompt"][-1]["content"], prompts[0]["prompt"][-1]["content"]]
+    none = f"none of its prompts is one to train on; its first is {first[0]!r:.60}, that of --prompts {first[1]!r:.60}"
+    require(kept, f"--responses {args.responses}: {none}")
+    scored = {"score" in given[prompt_key(prompt["prompt"])]["responses"][0] for prompt in kept}
+    require(len(scored) == 1, f"--responses {args.responses}: some prompts come with scores and some without")
     for prompt in kept:
         rows.append([])
         for y in given[prompt_key(prompt["prompt"])]["responses"]:
             ids = y.get("ids") or [*encode_text(tokenizer, y["text"]), *([end] if y.get("finished", True) else [])]
-            sound = all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids) and ids
-            require(sound, f"--responses: no token ids of this model: {ids!r:.60}, for {y['text']!r:.60}")
-            finished = y.get("finished", True) and len(ids) <= args.max_new_tokens
+            finished = y.get("finished", True)
+            sound = all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+            require(sound and ids, f"--responses: no token ids of this model: {ids!r:.60}, for {y['text']!r:.60}")
+            ended = f"--responses: finished, but its ids do not end with one of {stops}: {y['text']!r:.60}"
+            require(not finished or ids[-1] in stops, ended)
+            finished = finished and len(ids) <= args.max_new_tokens
             score = {"score": y["score"]} if "score" in y else {}
             rows[-1].append({**as_response(ids[: args.max_new_tokens], y["text"], finished, args), **score})
     if len(kept) < max(len(prompts), len(given)):
-        print(f"--responses: for {len(kept)} of {len(prompts)} prompts, and {len(given) - len(kept)} not trained on")
+        others = f"its other {len(given) - len(kept)} prompts are held out or not in --prompts"
+        print(f"--responses: it answers {len(kept)} of {len(prompts)} training prompts; {others}")
     return kept, rows
 
 
@@ -2135,7 +2163,8 @@ def closing_answers(final, device, held_out, asked, answers, best, args):
         policy, tokenizer = load_policy(str(final), device)
     if args.best_of:
         chosen = best_of_n(policy, tokenizer, load_judge(args, device), held_out, args)
-        wins = judge_prefs(load_judge(args, device), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
+        pairwise = load_judge(replace(args, preference="pairwise"), device)
+        wins = judge_prefs(pairwise, held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
         error = wins.std().item() / math.sqrt(len(wins))
         print(f"the judge's favourite of {args.best_of} samples wins vs start {wins.mean():.3f} ± {error:.2g}")
     if asked and args.best_of:
@@ -2210,6 +2239,7 @@ def main(argv=None):
         print(f"{prompt!r}: {first!r} over {second!r}: published {published:.4f}, here {logit:.4f}")
     right = all(abs(published - logit) < 0.01 for *_, published, logit in answers)
     print("these are the published weights" if right else "these are not the published weights, or something is wrong")
+    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import math
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -73,6 +73,7 @@ from common import (
     show_table,
     split_prompts,
     start_run,
+    try_judge,
     use_checkpointing,
     win_matrix,
     write_events,
@@ -288,15 +289,17 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
     answers.append([row[0] for row in new])
     length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
     metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
-    judge = load_judge(args, policy.device)
+    judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
     if t:
         prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
         for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
             metrics[f"win_rate_vs_{name}"] = wins.mean().item()
             metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
-        metrics["win_rate_at_equal_length"] = equal_length_win_rate(prefs[:, t, 0], length[t], length[0])
+        if reading := equal_length_win_rate(prefs[:, t, 0], length[t], length[0]):
+            metrics["win_rate_at_equal_length"], metrics["win_rate_at_equal_length_se"] = reading
     if hasattr(judge, "metrics"):
-        metrics |= judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in answers[t]])
+        figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in answers[t]])
+        metrics |= {name: float(figure) for name, figure in figures.items()}
     del judge  # only one of judge, reference and optimiser is in memory beside the policy
     if t:
         reference, _ = load_policy(previous, policy.device)
@@ -327,10 +330,11 @@ def main(args):
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     prompts = load_prompts(args.prompts, args.limit, args.seed)
     asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
-    judge = load_judge(args, device)  # to see that it is there; each stage loads it again
+    judge = load_judge(args, device)  # each stage loads it again
+    try_judge(judge, args)
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens)
+    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
     if args.responses:
         parts[0], given = given_responses(policy, tokenizer, parts[0], args)
@@ -367,7 +371,7 @@ def main(args):
         if not pairs:
             cut = sum(not y["finished"] for row in responses for y in row) / prefs[:, 0].numel()
             nothing = f"iteration {iteration}: no response is preferred to another, and {cut:.0%} are unfinished"
-            require(iteration > 1, f"{nothing}; try a higher --max_new_tokens, --k or --temperature")
+            require(iteration > 1, f"{nothing}; see {folder}, and try a higher --max_new_tokens, --k or --temperature")
             print(nothing)
             break
         rows = [(pair["prompt_ids"], response) for pair in pairs for response in pair["responses"]]

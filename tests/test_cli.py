@@ -216,7 +216,7 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
         ),
         (["--model", "."], "--model .: its config.json cannot be read from it"),
         (["--model"], "--model"),
-        (["--max_prompt_tokens", "2"], "no prompt is left: over --max_prompt_tokens 2"),
+        (["--max_prompt_tokens", "2"], "--prompts: none is left: over --max_prompt_tokens 2"),
         (["--max_new_tokens", "500"], "add up to 564, but tiny has 512 positions"),
         (["--name", "../escape"], "--name '../escape'"),
         (["--name", "a b"], "--name 'a b'"),
@@ -279,7 +279,7 @@ def test_help_lists_every_flag_and_the_short_names(capsys):
 
 def test_a_runs_own_responses_train_the_same_policy(job, workdir):
     """--responses with ids and finished goes on as if the run had sampled them itself."""
-    settings = {"limit": 640, "n_eval": 160, "iterations": 1, "epochs": 2}
+    settings = {"limit": 640, "n_eval": 160, "iterations": 1, "epochs": 2}  # so that the held-out prompts are the same
     file = job[1] / "iter_1" / "responses.jsonl"
     sppo.main(sppo.Args(name="again", responses=str(file), **settings))
     for name in ("responses.jsonl", "preferences.jsonl", "pairs.jsonl"):
@@ -295,7 +295,7 @@ def test_responses_as_text_are_tokenised_alone_and_end_with_the_turn(job, workdi
     given[0]["responses"][0] = 20 * "1"  # over --max_new_tokens: keeps its start, and may only lose
     common.write_jsonl("vllm.jsonl", given)
     sppo.main(sppo.Args(name="text", responses="vllm.jsonl", **{**FEW, "limit": 640, "n_eval": 160}))
-    assert "for 100 of 480 prompts, and 0 not trained on" in capsys.readouterr().out
+    assert "it answers 100 of 480 training prompts; its other 0 prompts" in capsys.readouterr().out
     mine = lines(workdir / "runs" / "text" / "iter_1" / "responses.jsonl")
     (first, *others), *rest = [row["responses"] for row in mine]
     assert first["ids"] == 16 * [first["ids"][0]] and not first["finished"]
@@ -321,11 +321,13 @@ def test_responses_with_scores_need_no_judge_to_train(job, workdir, monkeypatch)
     ("row", "flags", "words"),
     [
         ({"prompt": "12", "responses": ["1"] * 5}, ["--iterations", "2"], "--iterations must be 1, not 2"),
-        ({"prompt": "none of them", "responses": ["1"] * 5}, [], "none of its 1 prompts is one to train on"),
+        ({"prompt": "none", "responses": ["1"] * 5}, [], "none of its prompts is one to train on; its first is 'none'"),
         ({"prompt": "12", "responses": ["1"] * 4}, [], "line 1: 4 responses, --k 5 wants 5"),
         ({"prompt": "12"}, [], "line 1: no responses; keys found: prompt"),
         ({"prompt": "12", "responses": [{"text": "1", "ids": [98]}] * 5}, [], "no token ids of this model: [98]"),
         ({"prompt": "12", "responses": [{"text": "1", "ids": ["1"]}] * 5}, [], "no token ids of this model: ['1']"),
+        ({"prompt": "12", "responses": [{"text": "1", "ids": [20]}] * 5}, [], "its ids do not end with one of [1]"),
+        ({"prompt": "12", "responses": [{"text": "", "finished": False}] * 5}, [], "no token ids of this model: []"),
         ({}, ["--judge", "nowhere/pairrm"], "--judge nowhere/pairrm: no such folder"),
         ({}, ["--eval_prompts", "bad.json"], "--eval_prompts bad.json, line 1: not JSON"),
     ],
@@ -342,6 +344,14 @@ def test_bad_responses_are_one_line_and_leave_nothing(workdir, capsys, row, flag
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and words in said
     assert sorted(workdir.rglob("*")) + sorted((workdir / "runs").iterdir()) == before
+
+
+def test_scores_for_all_or_for_none(workdir):
+    texts = ["1"] * 5, [{"text": "1", "score": 1}] * 5
+    common.write_jsonl("some.jsonl", [{"prompt": str(n), "responses": texts[n % 2]} for n in range(40)])
+    with pytest.raises(common.InputError, match="some prompts come with scores and some without"):
+        sppo.main(sppo.Args(prompts="some.jsonl", responses="some.jsonl", **FEW))
+    assert [path.name for path in (workdir / "runs").iterdir() if not path.name.startswith("tiny-")] == []
 
 
 def test_eval_prompts_are_answered_in_alpaca_evals_format_and_never_trained_on(workdir, capsys):

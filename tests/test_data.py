@@ -243,6 +243,10 @@ def test_responses_of_another_engine(tmp_path):
         ({"prompt": "q", "responses": ["a", {"ids": [1]}]}, "response 2: wanted text or"),
         ({"prompt": "q", "responses": ["a", {"text": "b", "ids": "1 2"}]}, "response 2: wanted text or"),
         ({"prompt": "q", "responses": ["a", {"text": "b", "finished": "yes"}]}, "response 2: wanted text or"),
+        (
+            {"prompt": "q", "responses": ["a", {"text": "b", "finish_reason": "length"}]},
+            "found {'text': 'b', 'finish_reason'",
+        ),
         ({"prompt": "q", "responses": [{"text": "a", "score": 1}, "b"]}, "a response without a score"),
         ({"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1]}, "a response without a score"),
         (
@@ -366,6 +370,8 @@ def test_judging_many_prompts_goes_in_order():
         (torch.tensor([[[0.5, float("nan")], [0.1, 0.5]]]), "NaN, first for prompt 65, '1'"),
         (torch.tensor([[[0.5, 0.9], [0.9, 0.5]]]), "no probabilities"),
         (torch.tensor([[[0.5, 1.5], [-0.5, 0.5]]]), "no probabilities"),
+        (None, r"wanted prefs \(1, 2, 2\), got NoneType"),
+        ("prefs", "got str"),
         (torch.full((1, 2, 3), 0.5), r"wanted prefs \(1, 2, 2\), got \(1, 2, 3\)"),
         (torch.full((64, 2, 2), 0.5), r"wanted prefs \(1, 2, 2\)"),
     ],
@@ -419,6 +425,21 @@ def test_repetition_is_decided_on_all_of_the_response():
     assert not common.as_response(ids, "", True, sppo.Args(repeat_share=0.9))["repeats"]
 
 
+def test_as_many_responses_to_each_prompt():
+    for rows in ([answers("12"), answers("123")], [answers("12")]):
+        with pytest.raises(ValueError, match="as many responses to each of 2 prompts"):
+            judge_prefs(DigitsJudge(), [{"prompt": user("1")}] * 2, rows)
+
+
+def test_a_judge_is_tried_before_the_start(capsys):
+    common.try_judge(DigitsJudge(), sppo.Args())
+    assert capsys.readouterr().out == ""
+    common.try_judge(DigitsJudge(), sppo.Args(prompts="mine.jsonl"))
+    assert "for other prompts it only shows that all runs" in capsys.readouterr().out
+    with pytest.raises(InputError, match="1/2 for a tie, first for prompt 1, 'Hi!'"):
+        common.try_judge(lambda prompts, responses: torch.zeros(1, 2, 2), sppo.Args())
+
+
 # Win rate at equal length --------------------------------------------------------------------------------------------
 
 
@@ -426,19 +447,26 @@ def test_a_judge_that_only_likes_length_has_half_at_equal_length():
     torch.manual_seed(0)
     lengths, rivals = torch.randint(50, 400, (2, 4000)).float()
     lengths *= 1.5
-    gap = (lengths - rivals) / (lengths + rivals)
-    wins = 0.5 + 0.6 * gap
+    wins = 0.5 + 0.6 * (lengths - rivals) / (lengths + rivals)
     assert wins.mean() > 0.6
-    assert common.equal_length_win_rate(wins, lengths, rivals) == pytest.approx(0.5, abs=1e-6)
+    assert common.equal_length_win_rate(wins, lengths, rivals)[0] == pytest.approx(0.5, abs=1e-6)
     noisy = torch.bernoulli((wins + 0.2).clamp(0, 1))  # better by 0.2, whatever the length
-    assert common.equal_length_win_rate(noisy, lengths, rivals) == pytest.approx(0.7, abs=0.03)
+    reading, error = common.equal_length_win_rate(noisy, lengths, rivals)
+    assert abs(reading - 0.7) < 4 * error and 0.003 < error < 0.02
 
 
-def test_equal_length_win_rate_is_fair_and_needs_no_gap():
+def test_equal_length_win_rate_is_fair_and_is_the_mean_without_gaps():
     wins, a, b = torch.rand(50), torch.randint(1, 90, (50,)).float(), torch.randint(1, 90, (50,)).float()
     ours, theirs = common.equal_length_win_rate(wins, a, b), common.equal_length_win_rate(1 - wins, b, a)
-    assert ours + theirs == pytest.approx(1)
-    assert common.equal_length_win_rate(wins, a, a) == pytest.approx(wins.mean().item())
+    assert ours[0] + theirs[0] == pytest.approx(1) and ours[1] == pytest.approx(theirs[1])
+    mean, error = common.equal_length_win_rate(wins, a, a)
+    assert mean == pytest.approx(wins.mean().item()) and error == pytest.approx(wins.std().item() / 50**0.5)
+
+
+def test_equal_length_win_rate_says_nothing_where_one_side_is_always_longer():
+    a = torch.tensor([5.0, 6, 7, 8])
+    assert common.equal_length_win_rate(torch.full((4,), 0.5), a + 3, a) is None
+    assert common.equal_length_win_rate(torch.rand(4), a, 2 * a) is None
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -498,7 +498,7 @@ def test_prompts_that_the_template_rejects_are_left_out_and_counted(capsys):
     prompts = [[user("1")], [user("1"), user("2")], [user("3")]]
     kept = encode_prompts(chat_tokenizer(alternate), prompts, 9)
     assert [row["prompt"] for row in kept] == [prompts[0], prompts[2]]
-    assert "1 of 3 prompts left out: rejected by the model's chat template (one turn)" in capsys.readouterr().out
+    assert "1 of 3 left out: rejected by the model's chat template (one turn)" in capsys.readouterr().out
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
@@ -506,8 +506,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
     kept = encode_prompts(tiny_tokenizer(), prompts, 6)
     assert [prompt["prompt"] for prompt in kept] == [prompts[0], prompts[3]]
     assert [len(prompt["prompt_ids"]) for prompt in kept] == [6, 5]
-    assert "2 of 4 prompts left out" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no prompt is left: over --max_prompt_tokens 4"):
+    assert "--prompts: 2 of 4 left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--prompts: none is left: over --max_prompt_tokens 4"):
         encode_prompts(tiny_tokenizer(), prompts, 4)
 
 

@@ -117,6 +117,12 @@ def test_no_result_depends_on_what_else_is_asked(toy):
         torch.testing.assert_close(two[0, 1], together[b, 2, 0], atol=1e-5, rtol=0)
 
 
+def test_shapes_that_do_not_fit_are_refused(toy):
+    for prompts, responses in (("light", [["a", "b"]]), (["light"], [["a"], ["b"]]), (["a", "b"], [["a", "b"], ["c"]])):
+        with pytest.raises(ValueError, match="as many texts each"):
+            PairRM(str(toy))(prompts, responses)
+
+
 def test_many_short_pairs_in_one_batch(toy, monkeypatch):
     judge = PairRM(str(toy))
     sources, candidates = some_text(long=False)
@@ -284,7 +290,9 @@ def test_pickles_are_not_read(broken, tmp_path):
 
 
 def test_the_command_that_checks_weights(toy, capsys):
-    common.main(["pairrm", str(toy)])
+    with pytest.raises(SystemExit) as end:
+        common.main(["pairrm", str(toy)])
+    assert end.value.code == 1
     said = capsys.readouterr().out
     assert "published 1.9003, here " in said and "published -1.2547, here " in said and "not the published" in said
     with pytest.raises(SystemExit) as end:
