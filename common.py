@@ -19,6 +19,7 @@ the generator. Log-probs are in nats. A prompt is a list of chat messages, {"rol
 import argparse
 import collections
 import contextlib
+import glob
 import gzip
 import hashlib
 import importlib.util
@@ -98,19 +99,17 @@ def require(condition, message):
 
 # What a number may be: flag -> (test, words). NaN fails every test.
 COUNT = (lambda v: 1 <= v <= 10**7, "at least 1 and at most ten million")
-POSITIVE = (lambda v: 0 < v <= 10**6, "a positive number of at most a million")
+POSITIVE = (lambda v: 1e-6 <= v <= 10**6, "between a millionth and a million")
 LIMITS = {
-    **dict.fromkeys(("n_eval", "max_prompt_tokens", "iterations", "max_new_tokens", "slots"), COUNT),
+    **dict.fromkeys(("max_prompt_tokens", "iterations", "max_new_tokens", "slots"), COUNT),
     **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n"), COUNT),
     **dict.fromkeys(("eta", "max_grad_norm"), POSITIVE),
-    "learning_rate": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "temperature": (lambda v: 0.01 <= v <= 100, "in [0.01, 100]"),
+    **dict.fromkeys(("learning_rate", "top_p", "repeat_share"), (lambda v: 0 < v <= 1, "in (0, 1]")),
+    **dict.fromkeys(("temperature", "judge_temperature"), (lambda v: 0.01 <= v <= 100, "in [0.01, 100]")),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
-    "best_of": (lambda v: v == 0 or 2 <= v <= 1024, "0 (none) or between 2 and 1024"),
-    "judge_temperature": (lambda v: 0.01 <= v <= 100, "in [0.01, 100]"),
-    "repeat_share": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "k": (lambda v: 2 <= v <= 1024, "at least 2, to have something to compare with, and at most 1024"),
-    "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "best_of": (lambda v: v == 0 or 2 <= v <= 128, "0 (none) or between 2 and 128"),
+    "k": (lambda v: 2 <= v <= 128, "at least 2, to have something to compare with, and at most 128"),
+    "n_eval": (lambda v: 2 <= v <= 10**7, "at least 2, to have a standard error, and at most ten million"),
     "warmup_ratio": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "seed": (lambda v: 0 <= v < 2**63, "between 0 and 2^63"),
 }
@@ -210,13 +209,15 @@ def aside(path):
 def write_json(path, value):
     """Write one JSON file."""
     with aside(path) as file:
-        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as JSON escapes it
 
 
 def write_jsonl(path, rows):
     """Write one JSON object per line."""
     with aside(path) as file:
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_events(folder, tables):
@@ -774,7 +775,8 @@ def read_rows(flag, source):
     Raises InputError, which begins with `flag`.
     """
     if not os.path.isfile(source):
-        yield from _dataset_rows(flag, source)
+        name, _, split = source.rpartition(":") if ":" in source and not os.path.isdir(source) else (source, "", "")
+        yield from (_folder_rows if os.path.isdir(name) else _hub_rows)(flag, name, split)
         return
     kind = Path(source.removesuffix(".gz")).suffix
     known = kind in (".jsonl", ".json", ".parquet")
@@ -797,34 +799,52 @@ def read_rows(flag, source):
                     elif line.strip():
                         yield f"line {number}", json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{flag} {source}, line {number}: not JSON ({error})") from None
+                    wanted = "one row on each line, or one list of all"
+                    raise InputError(f"{flag} {source}, line {number}: not JSON ({error}); wanted {wanted}") from None
     except InputError:
         raise
     except Exception as error:  # gzip, zlib, unicode and parquet each have errors of their own
         raise InputError(f"{flag} {source}: cannot be read ({' '.join(str(error).split())[:300]})") from None
 
 
-def _dataset_rows(flag, source):
-    """read_rows of a folder or a dataset on the hub."""
+def _choose_split(flag, name, split, splits):
+    """`split`, by default "train" or the only one."""
+    split = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    require(
+        split in splits,
+        f"{flag} {name}: no split {split!r}; give {flag} {name}:SPLIT, of {', '.join(splits) or 'none'}",
+    )
+    return split
+
+
+def _folder_rows(flag, name, split):
+    """read_rows of a folder of files like train.jsonl or data/train-00000-of-00003.parquet: all files of the split."""
+    files = collections.defaultdict(list)
+    for path in sorted(Path(name).rglob("*")):
+        if path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet")):
+            files[re.split("[-.]", path.name)[0]].append(path)
+    for path in files[_choose_split(flag, name, split, files)]:
+        yield from ((f"{path.name}, {where}", row) for where, row in read_rows(flag, str(path)))
+
+
+def _hub_rows(flag, name, split):
+    """read_rows of a dataset on the hub."""
     import datasets  # takes a second
 
-    name, _, split = source.partition(":")
     looks_like_file = name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
-    require(not looks_like_file, f"{flag} {source}: no such file")
+    require(not looks_like_file, f"{flag} {name}: no such file")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the error
     try:
         if name in DATASET_FILES:
             file = hf_hub_download(name, DATASET_FILES[name], repo_type="dataset")
             yield from read_rows(flag, file)
             return
         found = datasets.load_dataset(name, split=split or None)
+        found = found if split else found[_choose_split(flag, name, split, found)]
+        yield from ((f"row {i}", row) for i, row in enumerate(found, 1))
     except Exception as error:
-        raise not_loaded(flag, name, "the dataset", error) from None
-    if not split:
-        split = "train" if "train" in found else next(iter(found))
-        require(split == "train" or len(found) == 1, f"{flag} {name}: give {name}:split, one of {', '.join(found)}")
-        found = found[split]
-    yield from ((f"row {i}", row) for i, row in enumerate(found, 1))
+        raise not_loaded(flag, name, DATASET_FILES.get(name, "the dataset"), error) from None
 
 
 class LeftOut(Exception):
@@ -837,6 +857,14 @@ def use_if(condition, reason):
         raise LeftOut(reason)
 
 
+HALF = "with half of a surrogate pair, which is no character"
+
+
+def is_text(text):
+    """Whether `text` has no half of a surrogate pair, as JSON can hold and no tokenizer takes."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def as_messages(value):
     """Text, a transcript as in SHAPES, or {"role", "content"} messages -> a list of messages."""
     if isinstance(value, str):
@@ -845,8 +873,10 @@ def as_messages(value):
             return [{"role": "user", "content": value}]
         roles = [{"Human": "user", "Assistant": "assistant"}[who] for who in turns[::2]]
         return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[1::2], strict=True)]
-    sound = isinstance(value, list) and value
-    sound = sound and all(isinstance(m, dict) and {type(m.get(n)) for n in ("role", "content")} == {str} for m in value)
+    use_if(value != [], "empty")
+    sound = isinstance(value, list) and all(
+        isinstance(m, dict) and {type(m.get(n)) for n in ("role", "content")} == {str} for m in value
+    )
     require(sound, "a prompt or response must be text or a list of {'role', 'content'} messages")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
@@ -863,47 +893,53 @@ def _prompt_and_answer(value):
 def read_prompt(row):
     """The prompt of a row of any of SHAPES, as messages. Raises LeftOut, or InputError for another shape."""
     given = row.get("prompt", row.get("instruction"))
+    if "prompt" not in row and row.get("input"):  # Alpaca's: what the instruction is about
+        given = f"{given}\n\n{row['input']}"
     inside = []
     if "chosen" in row and "rejected" in row:
         inside, other = (_prompt_and_answer(row[name])[0] for name in ("chosen", "rejected"))
         use_if(inside == other, "without a common prompt")
-    known = given is not None or inside
-    require(known, f"of no known shape; keys found: {', '.join(map(str, row)) or 'none'}; shapes accepted: {SHAPES}")
+    keys = ", ".join(map(str, row))[:300] or "none"
+    require(given is not None or inside, f"of no known shape; keys found: {keys}; shapes accepted: {SHAPES}")
     prompt = as_messages(given) if given is not None else inside
     if prompt[-1] == {"role": "assistant", "content": ""}:  # a transcript up to where the answer begins
         prompt = prompt[:-1]
     use_if(prompt and prompt[-1]["role"] == "user", "without a user's turn at the end")
     if inside and given is not None:  # the messages may begin with a system turn that "prompt" leaves out
-        use_if(inside[-len(prompt) :] == prompt, "with messages that do not repeat the prompt")
+        same = prompt_key(inside[-len(prompt) :]) == prompt_key(prompt)
+        use_if(same, "with messages that do not repeat the prompt")
         prompt = inside
     use_if(prompt[-1]["content"].strip(), "empty")
-    half = any(re.search("[\ud800-\udfff]", message["content"]) for message in prompt)
-    use_if(not half, "with half of a surrogate pair, which is no character")
+    use_if(all(is_text(message["role"] + message["content"]) for message in prompt), HALF)
     return prompt
 
 
-def completion_score(completion):
-    """How good UltraFeedback says a completion is: its fine-grained score, else the mean of its ratings.
+def completion_scores(completions):
+    """How good UltraFeedback says each completion is: (score, text) of those that have one, all of the same kind.
 
-    The overall score stands in only if it is under 10, since a 10 means 1 in old revisions. None: it does not say.
+    The fine-grained score if two have it, else the mean of the ratings (which may be "N/A"), else the overall score, if
+    it is under 10, since a 10 means 1 in old revisions.
     """
-    ratings = [rating.get("Rating") for rating in (completion.get("annotations") or {}).values()]
-    ratings = [float(rating) for rating in ratings if re.fullmatch(r"[0-9.]+", str(rating))]  # not "N/A"
-    overall = completion.get("overall_score")
-    guesses = [completion.get("fine-grained_score"), sum(ratings) / len(ratings) if ratings else None]
-    guesses.append(overall if overall != 10 else None)
-    return next((float(g) for g in guesses if isinstance(g, int | float) and math.isfinite(g)), None)
+    kinds = [[], [], []]
+    for completion in completions:
+        ratings = [rating.get("Rating") for rating in (completion.get("annotations") or {}).values()]
+        ratings = [float(rating) for rating in ratings if re.fullmatch("[0-9]+", str(rating))]
+        overall = completion.get("overall_score")
+        scores = [completion.get("fine-grained_score"), sum(ratings) / len(ratings) if ratings else None]
+        for kind, score in zip(kinds, [*scores, overall if overall != 10 else None], strict=True):
+            if isinstance(score, int | float) and math.isfinite(score) and isinstance(completion.get("response"), str):
+                kind.append((float(score), completion["response"]))
+    return next((kind for kind in kinds if len(kind) > 1), [])
 
 
 def read_pair(row):
     """{"prompt", "chosen", "rejected"} of a row of any of SHAPES that holds a pair, the last two as text.
 
-    Of UltraFeedback's completions the best and the worst, by completion_score. Raises LeftOut or InputError.
+    Of UltraFeedback's completions the best and the worst, by completion_scores. Raises LeftOut or InputError.
     """
     prompt = read_prompt(row)
     if row.get("completions") is not None:
-        scored = [(completion_score(c), c.get("response")) for c in row["completions"]]
-        scored = sorted((s, text) for s, text in scored if s is not None and isinstance(text, str))
+        scored = sorted(completion_scores(row["completions"]))
         use_if(len(scored) > 1 and scored[0][0] < scored[-1][0], "without a better and a worse completion")
         chosen, rejected = scored[-1][1], scored[0][1]
     else:
@@ -911,6 +947,7 @@ def read_pair(row):
         chosen, rejected = (_prompt_and_answer(row[name])[1] for name in ("chosen", "rejected"))
     use_if(chosen.strip() and rejected.strip(), "with an empty response")
     use_if(chosen != rejected, "with two equal responses")
+    use_if(is_text(chosen + rejected), HALF)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -918,20 +955,25 @@ def read_responses(row, k):
     """{"prompt", "responses": k of {"text", "ids", "finished", "score"}} of a row with responses of any engine.
 
     A response is text, or a dict whose "ids" are the tokens as sampled, "finished" False if the length limit cut it,
-    and "score" a judge's; all but "text" may be missing. Raises LeftOut, or InputError if there are fewer than k.
+    and "score" a judge's; all but "text" may be missing, and vLLM's "token_ids" and "finish_reason" are understood.
+    Raises LeftOut, or InputError if there are fewer than k.
     """
     texts = row.get("responses", row.get("all_generated_responses"))
     require(isinstance(texts, list), f"no responses; keys found: {', '.join(row)}")
     require(len(texts) >= k, f"{len(texts)} responses, --k {k} wants {k}")
     responses = []
     for i, y in enumerate(texts[:k]):
-        y = _prompt_and_answer(y)[1] if isinstance(y, str | list) else y
+        y = _prompt_and_answer(y)[1] if isinstance(y, list) else y
         y = {"text": y} if isinstance(y, str) else y
         sound = isinstance(y, dict) and isinstance(y.get("text"), str)
-        sound = sound and isinstance(y.get("finished", True), bool) and isinstance(y.get("ids", [0]), list)
-        sound = sound and y.keys() <= {"text", "ids", "finished", "score", "repeats", "win_rate", "ref_logps"}
         require(sound, f"response {i + 1}: wanted text or {{'text', 'ids', 'finished', 'score'}}, found {y!r:.60}")
-        responses.append({name: y[name] for name in ("text", "ids", "finished", "score") if name in y})
+        if "token_ids" in y or "finish_reason" in y:  # vLLM's names
+            y = {"ids": y.get("token_ids"), "finished": y.get("finish_reason") != "length", **y}
+        y = {name: y[name] for name in ("text", "ids", "finished", "score") if y.get(name) is not None}
+        sound = isinstance(y.get("finished", True), bool) and isinstance(y.get("ids", []), list)
+        require(sound, f"response {i + 1}: 'finished' must be true or false, and 'ids' a list")
+        use_if(is_text(y["text"]), HALF)
+        responses.append(y)
     for y, score in zip(responses, row.get("all_rm_scores") or [], strict=False):
         y["score"] = score
     scored = ["score" in y and isinstance(y["score"], int | float) and math.isfinite(y["score"]) for y in responses]
@@ -955,12 +997,13 @@ def _load(flag, source, read, key, limit):
             require(
                 isinstance(row, dict), f"wanted an object with one of these keys: {SHAPES}; found {type(row).__name__}"
             )
+            use_if(any(value is not None for value in row.values()) or not row, "empty")
             item = read({name: value for name, value in row.items() if value is not None})
             left_out["repeated"] += key(item) in kept
             kept.setdefault(key(item), item)
         except LeftOut as reason:
             left_out[str(reason)] += 1
-        except (InputError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, ArithmeticError) as error:  # an InputError is a ValueError
             raise InputError(f"{flag} {source}, {where}: {error}") from None
         if limit and len(kept) == limit:
             break
@@ -982,14 +1025,14 @@ def load_prompts(source, limit=0, seed=0, flag="--prompts"):
     return list(_load(flag, source, read_prompt, prompt_key, limit).values())
 
 
-def load_pairs(source, limit=0, flag="--pairs"):
+def load_pairs(source, limit=0):
     """Pairs from `source`, as load_prompts: a list of {"prompt": messages, "chosen": text, "rejected": text}."""
-    return list(_load(flag, source, read_pair, json.dumps, limit).values())
+    return list(_load("--pairs", source, read_pair, json.dumps, limit).values())
 
 
-def load_responses(source, k, flag="--responses"):
+def load_responses(source, k):
     """Responses that another engine made: {prompt_key: what read_responses says of the row}."""
-    return _load(flag, source, lambda row: read_responses(row, k), lambda row: prompt_key(row["prompt"]), 0)
+    return _load("--responses", source, partial(read_responses, k=k), lambda row: prompt_key(row["prompt"]), 0)
 
 
 def split_prompts(prompts, iterations, n_eval, seed, asked=()):
@@ -1030,8 +1073,7 @@ def render(tokenizer, messages):
 def encode(tokenizer, messages):
     """Token ids of the rendered prompt. What users wrote stays text, even where it spells a special token."""
     contents = [message["content"] for message in messages]
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if not any(token in content for token in special for content in contents):
+    if not any(token in content for token in control_tokens(tokenizer) for content in contents):
         return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
     # Render with a mark in place of each content, then tokenise the template's pieces and the contents apart.
     marks = {f"\ue000{i}\ue001": content for i, content in enumerate(contents)}
@@ -1043,9 +1085,21 @@ def encode(tokenizer, messages):
     return ids
 
 
+def control_tokens(tokenizer):
+    """What may not come out of a text: special tokens, and others of those added that the chat template writes."""
+    added = tokenizer.added_tokens_decoder.values()
+    template = str(tokenizer.chat_template or "")
+    return [t.content for t in added if t.special or (t.content in template and len(t.content.strip()) > 1)]
+
+
 def encode_text(tokenizer, text):
-    """Token ids of what a user or another model wrote: no special tokens, not even those that it spells."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    """Token ids of what a user or another model wrote: no control tokens, not even those that it spells."""
+    spelled = [token for token in control_tokens(tokenizer) if token in text]
+    cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelled)
+    pieces = re.split(cuts, text) if spelled else [text]  # each is cut behind its first letter
+    return [
+        i for piece in pieces for i in tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+    ]
 
 
 def turn_end(tokenizer, stop_ids):
@@ -1070,12 +1124,13 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
         print("this model has no chat template: prompts are given to it as plain text")
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("a").input_ids[0] == bos
-    kept, left_out = [], collections.Counter()
+    kept, left_out, rejected = [], collections.Counter(), ""
     for messages in prompts:
         try:
             ids = encode(tokenizer, messages)
         except InputError as error:
-            left_out[str(error)] += 1
+            rejected = rejected or str(error)  # the first; others may quote other prompts
+            left_out[rejected] += 1
             continue
         if wants_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -1631,8 +1686,9 @@ class DigitsJudge:
 
 
 PAIRRM = "llm-blender/PairRM-hf"
+PAIRRM_MARKS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "[CLS]", "[SEP]", "[PAD]"]
 PAIRRM_BYTES = 4 * 436_014_081
-PAIRRM_SCORES = 2**22  # row length squared, summed over the rows of a forward, stays under this, or is of one row
+PAIRRM_SCORES = 2**22  # attention scores of a head in one forward; a token has at least 512, one per relative position
 
 
 class PairRMNet(DebertaV2PreTrainedModel):
@@ -1665,13 +1721,15 @@ class PairRM:
     on the diagonal and where both responses read the same, and P + P^T = 1.
 
     path_or_id: a folder or hub id with the layout of llm-blender/PairRM-hf. dtype: of the matrix products; by default
-    float32 on the CPU, bf16 on CUDA, where float32 takes over if the two differ. preference: "pairwise"
-    (pairwise_prefs) or "official" (score_prefs of rank_scores). temperature divides the logits of either. Raises
-    InputError when the files are not all of PairRM, or more.
+    float32 on the CPU, bf16 on CUDA, where float32 takes over if the first batch differs by over 0.1. preference:
+    "pairwise" (pairwise_prefs) or "official" (score_prefs of rank_scores). temperature divides the logits of either.
+    Raises InputError when the files are not all of PairRM, or more.
     """
 
     def __init__(self, path_or_id=PAIRRM, device="cpu", dtype=None, preference="pairwise", temperature=1.0):
-        name = PAIRRM if path_or_id == "llm-blender/PairRM" else path_or_id  # the same weights, loadable
+        name = (
+            PAIRRM if path_or_id in ("pairrm", "llm-blender/PairRM") else path_or_id
+        )  # the latter's weights, loadable
         try:
             config = DebertaV2Config.from_pretrained(name)
             require(
@@ -1679,10 +1737,10 @@ class PairRM:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.prefixes = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
-            known = self.tokenizer.convert_ids_to_tokens(self.prefixes)
-            require(
-                known == ["<|source|>", "<|candidate1|>", "<|candidate2|>"], f"its tokenizer lacks PairRM's: {known}"
-            )
+            marks = self.tokenizer.convert_ids_to_tokens(self.prefixes)
+            marks += [getattr(self.tokenizer, name) for name in ("cls_token", "sep_token", "pad_token")]
+            fits = marks == PAIRRM_MARKS and len(self.tokenizer) <= config.vocab_size
+            require(fits, f"its tokenizer is not PairRM's: {len(self.tokenizer)} tokens, {marks}")
             settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             self.net, report = PairRMNet.from_pretrained(name, config=config, dtype=torch.float32, **settings)
             kinds = [("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("misshapen", "mismatched_keys")]
@@ -1691,7 +1749,7 @@ class PairRM:
         except InputError as error:
             raise InputError(f"--judge {name}: {error}") from None
         except Exception as error:
-            raise not_loaded("--judge", name, "PairRM", error) from None
+            raise not_loaded("--judge", name, "its config, tokenizer or model.safetensors", error) from None
         self.net.to(device).eval()
         self.device, self.preference, self.temperature = torch.device(device), preference, temperature
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -1711,7 +1769,7 @@ class PairRM:
         """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 on the diagonal.
 
         A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
-        1,224 tokens and of each y 412 and half of what x leaves over. No result depends on what else is asked.
+        1,224 tokens and of each y 412 and half of what x leaves over. What else is asked changes nothing but rounding.
         """
         k, cls, sep = len(responses[0]), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if isinstance(prompts, str) or len(prompts) != len(responses) or any(len(texts) != k for texts in responses):
@@ -1729,7 +1787,8 @@ class PairRM:
                 places.setdefault(((*source, *first, *second), at), []).append((b, i, j))
         rows, logits = sorted(places, key=lambda row: len(row[0]), reverse=True), torch.zeros(len(prompts), k, k)
         while rows:
-            n = max(1, PAIRRM_SCORES // len(rows[0][0]) ** 2)
+            size = len(rows[0][0])
+            n = max(1, PAIRRM_SCORES // (size * max(size, 512)))
             for row, logit in zip(rows[:n], self._forward(rows[:n]).tolist(), strict=True):
                 for place in places[row]:
                     logits[place] = logit
@@ -1789,12 +1848,8 @@ def score_prefs(scores, temperature=1.0):
     return torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / temperature).float()
 
 
-def pairrm_known_answers(path_or_id):
-    """Score the two examples of PairRM's model card: a list of (prompt, y1, y2, published logit, logit here)."""
-    pairrm = PairRM(path_or_id)
-    examples = [("hello!", "hi!", "f**k off!", 1.9003), ("I love you!", "I hate you!", "I love you, too!", -1.2547)]
-    logits = pairrm.pair_logits([x for x, *_ in examples], [[y1, y2] for _, y1, y2, _ in examples])[:, 0, 1]
-    return [(*example, logit) for example, logit in zip(examples, logits.tolist(), strict=True)]
+# The examples of PairRM's model card and their pair logits: prompt, y1, y2, M(y1, y2).
+CARD = [("hello!", "hi!", "f**k off!", 1.9003), ("I love you!", "I hate you!", "I love you, too!", -1.2547)]
 
 
 JUDGES = {"digits": DigitsJudge}
@@ -1811,8 +1866,7 @@ def load_judge(args, device):
         return JUDGES[args.judge]()
     known = args.judge == "pairrm" or "/" in args.judge or os.path.isdir(args.judge)
     require(known, f"--judge {args.judge}: unknown; give {', '.join(JUDGES)}, pairrm, or its folder or hub id")
-    name = PAIRRM if args.judge == "pairrm" else args.judge
-    return PairRM(name, device, None, args.preference, args.judge_temperature)
+    return PairRM(args.judge, device, None, args.preference, args.judge_temperature)
 
 
 def try_judge(judge, args):
@@ -1833,7 +1887,22 @@ def repeated_share(ids, n):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def judge_prefs(judge, prompts, responses, desc="judging"):
+def _ask(judge, prompts, responses, number):
+    """The judge's prefs (B, K, K) of one batch, checked; `number` is that of its first prompt."""
+    messages, texts = [p["prompt"] for p in prompts], [[y["text"] for y in row] for row in responses]
+    prefs, wanted = judge(messages, texts), (len(texts), len(texts[0]), len(texts[0]))
+    got = tuple(getattr(prefs, "shape", ())) or type(prefs).__name__
+    require(got == wanted, f"--judge: wanted prefs {wanted}, got {got}")
+    prefs = torch.as_tensor(prefs, dtype=torch.float32).cpu()
+    fair = ((prefs >= 0) & (prefs <= 1) & ((prefs + prefs.mT - 1).abs() < 1e-4)).flatten(1).all(1)  # False for NaN
+    b = (~fair).int().argmax().item()
+    why = "NaN" if prefs[b].isnan().any() else "no probabilities with P(a > b) + P(b > a) = 1, 1/2 for a tie"
+    where = f"prompt {number + b}, {messages[b][-1]['content']!r:.60}"
+    require(fair.all(), f"--judge: its preferences are {why}, first for {where}")
+    return prefs
+
+
+def judge_prefs(judge, prompts, responses):
     """Ask the judge, check its answer, and let defective responses lose: prefs (B, K, K) float32.
 
     prompts: B dicts with "prompt", a list of messages; responses: B lists of K dicts with "text", "finished" and
@@ -1841,30 +1910,18 @@ def judge_prefs(judge, prompts, responses, desc="judging"):
     other defective ones, whatever the judge says: it may not see as far as that. Responses with a "score" are compared
     by that, without the judge. Raises InputError when the judge does not return probabilities with P + P^T = 1.
     """
-    b, k, prefs = len(prompts), len(responses[0]), []
+    b, k = len(prompts), len(responses[0])
     if {len(row) for row in responses} != {k} or len(responses) != b:
         raise ValueError(f"wanted as many responses to each of {b} prompts, got {[len(row) for row in responses][:9]}")
     if "score" in responses[0][0]:
-        prefs = [score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))]
-    for i in tqdm(range(0, 0 if prefs else b, 64), desc=desc, unit="batch", leave=False, disable=None):
-        messages = [prompt["prompt"] for prompt in prompts[i : i + 64]]
-        texts = [[y["text"] for y in row] for row in responses[i : i + 64]]
-        some = judge(messages, texts)
-        shape = tuple(getattr(some, "shape", ())) or type(some).__name__
-        require(shape == (len(texts), k, k), f"--judge: wanted prefs {(len(texts), k, k)}, got {shape}")
-        some = torch.as_tensor(some, dtype=torch.float32).cpu()
-        broken = ~((some >= 0) & (some <= 1) & ((some + some.mT - 1).abs() < 1e-4)).all(-1).all(
-            -1
-        )  # NaN is broken, too
-        where = f"prompt {i + broken.int().argmax().item() + 1}, {messages[broken.int().argmax()][-1]['content']!r:.60}"
-        why = "NaN" if some.isnan().any() else "no probabilities with P(a > b) + P(b > a) = 1, 1/2 for a tie"
-        require(not broken.any(), f"--judge: its preferences are {why}, first for {where}")
-        prefs.append(some)
-    prefs = torch.cat(prefs)
-    sound = torch.tensor([[y["finished"] and not y["repeats"] for y in row] for row in responses]).float()  # (B, K)
-    rank = sound[:, :, None] - sound[:, None, :]  # 1: only the first is sound, -1: only the second
-    neither = (1 - sound[:, :, None]) * (1 - sound[:, None, :])
-    return torch.where(rank != 0, (rank + 1) / 2, torch.where(neither > 0, 0.5, prefs))
+        prefs = score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))
+    else:
+        n = max(1, min(64, 1280 // k**2))
+        starts = tqdm(range(0, b, n), desc="judging", unit="batch", leave=False, disable=None)
+        prefs = torch.cat([_ask(judge, prompts[i : i + n], responses[i : i + n], i + 1) for i in starts])
+    sound = torch.tensor([[y["finished"] and not y["repeats"] for y in row] for row in responses])  # (B, K)
+    first, second = sound[:, :, None], sound[:, None, :]
+    return torch.where(first & second, prefs, (1 + first.float() - second.float()) / 2)  # 1, 0, or 1/2 for two defects
 
 
 def equal_length_win_rate(wins, lengths, rival_lengths):
@@ -1872,7 +1929,7 @@ def equal_length_win_rate(wins, lengths, rival_lengths):
 
     wins, lengths, rival_lengths (B,): P(y > y'), tokens of y and of y'. Returns the intercept, with its standard error,
     of the least-squares line of wins over the gap (len - len') / (len + len'); the plain mean where no gap differs from
-    0; None where one side is always the longer one, since then nothing says how an equally long one would do.
+    0; None where one side is always the longer one, which does not say how an equally long one would do, or B < 3.
 
     >>> wins, lengths, others = torch.tensor([0.3, 0.5, 0.7]), torch.tensor([2.0, 4, 6]), torch.tensor([6.0, 4, 2])
     >>> round(equal_length_win_rate(wins, lengths, others)[0], 6)
@@ -1938,7 +1995,7 @@ def footprint(config, dtype):
 
 def judge_size(name):
     """Bytes of a PairRM's weights: of its folder's files, else of the published ones."""
-    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) or PAIRRM_BYTES
+    return sum(os.path.getsize(file) for file in glob.glob(f"{name}/*.safetensors")) or PAIRRM_BYTES
 
 
 def memory_of(device):
@@ -2036,10 +2093,10 @@ def show_plan(plan, args):
     print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
 
 
-def show_hours(policy, judge, prompts, held_out, args, rule, trained):
+def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained):
     """Print about how long a run takes, from a little sampling, judging and a training step of rate 0, timed here.
 
-    prompts, held_out: those of one iteration and of an evaluation, as split_prompts gives them; rule, trained: as for
+    prompts, held_out, asked: those of one iteration, of an evaluation and of --eval_prompts; rule, trained: as for
     plan_run.
     """
 
@@ -2051,6 +2108,9 @@ def show_hours(policy, judge, prompts, held_out, args, rule, trained):
                 torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    texts = ["one " * args.max_new_tokens, "two " * args.max_new_tokens]  # a token a word
+    two = seconds(partial(judge, [prompts[0]["prompt"]], [texts])) / 2  # for one of the two orders
+    del judge
     n = min(args.max_new_tokens, 128)
     some = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]]
     sample = partial(generate, policy, some, k=args.k, max_new_tokens=n, eos_ids=[-1], slots=args.slots)
@@ -2062,17 +2122,18 @@ def show_hours(policy, judge, prompts, held_out, args, rule, trained):
     response = seconds(lambda: response_logps(policy, xs, ys).sum().backward()) / len(rows)
     update = seconds(optimizer.step)
     optimizer.zero_grad()
-    texts = ["one " * args.max_new_tokens, "two " * args.max_new_tokens]  # a token a word
-    two = seconds(lambda: judge([prompts[0]["prompt"]], [texts])) / 2  # for one of the two orders
     print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update;")
     print(f"              judging {two:.2g} s for two responses in one order")
-    sampling = token * args.max_new_tokens * (len(prompts) * args.k + len(held_out))
+    closing = len(held_out) + len(asked) if args.best_of else len(asked)
+    samples = args.iterations * (len(prompts) * args.k * (not args.responses) + len(held_out))
+    sampling = token * args.max_new_tokens * (samples + closing * (args.best_of or 1))
+    orders = args.iterations * len(prompts) * args.k * (args.k - 1) * (not args.responses)
+    orders += len(held_out) * sum(t * (t + 1) for t in range(1, args.iterations + 1))
+    orders += closing * args.best_of * (args.best_of - 1)
     # Forward only is a third: the log-probs of the reference, and the KL from both models.
     training = response * (trained * len(prompts) * (args.epochs + 1 / 3) + len(held_out) * 2 / 3)
     training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
-    iterates = sum(t * (t + 1) for t in range(1, args.iterations + 1))
-    judging = two * (args.iterations * len(prompts) * args.k * (args.k - 1) + len(held_out) * iterates)
-    hours = [f"{s / 3600:.2g}" for s in (args.iterations * sampling, judging, args.iterations * training)]
+    hours = [f"{s / 3600:.2g}" for s in (sampling, two * orders, args.iterations * training)]
     print(f"  hours       sampling {hours[0]}, judging {hours[1]}, training {hours[2]}, at --max_new_tokens a response")
 
 
@@ -2125,8 +2186,8 @@ def given_responses(policy, tokenizer, prompts, args):
         rows.append([])
         for y in given[prompt_key(prompt["prompt"])]["responses"]:
             ids = y.get("ids") or [*encode_text(tokenizer, y["text"]), *([end] if y.get("finished", True) else [])]
-            finished = y.get("finished", True)
-            sound = all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+            finished = y.get("finished", ids[-1:] != [] and ids[-1] in stops)
+            sound = all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
             require(sound and ids, f"--responses: no token ids of this model: {ids!r:.60}, for {y['text']!r:.60}")
             ended = f"--responses: finished, but its ids do not end with one of {stops}: {y['text']!r:.60}"
             require(not finished or ids[-1] in stops, ended)
@@ -2145,34 +2206,32 @@ def attach(name, rows, values):
         row[name] = value
 
 
-def best_of_n(policy, tokenizer, judge, prompts, args):
-    """Of --best_of samples per prompt the one that the judge prefers most: one response per prompt."""
-    sampled = sample_responses(policy, tokenizer, prompts, args.best_of, f"{args.seed} best of", args, "best of n")
-    best = judge_prefs(judge, prompts, sampled).mean(-1).argmax(-1)  # by the mean over all n, as win_rates
-    return [row[i] for row, i in zip(sampled, best.tolist(), strict=True)]
-
-
 def closing_answers(final, device, held_out, asked, answers, best, args):
-    """What goes into outputs.json: (prompts, one response each) of the best iterate, which lies in the folder `final`.
+    """What goes into outputs.json: (prompts, one response each, facts) of the best iterate, in the folder `final`.
 
-    To `asked`, the encoded --eval_prompts, if there are any, else to the held-out prompts. With --best_of they are the
-    judge's favourites, and how often these beat the start on the held-out prompts is printed.
+    Answered are `asked`, the encoded --eval_prompts, if there are any, else the held-out prompts. With --best_of each
+    answer is the judge's favourite of so many; how often these beat the start on the held-out prompts is in the facts.
     """
-    prompts, chosen = held_out, answers[best]
-    if args.best_of or asked:
-        policy, tokenizer = load_policy(str(final), device)
+    if not (args.best_of or asked):
+        return held_out, answers[best], {}
+    policy, tokenizer = load_policy(str(final), device)
+
+    def answer(prompts):
+        rows = sample_responses(
+            policy, tokenizer, prompts, args.best_of or 1, f"{args.seed} outputs", args, "answering"
+        )
+        if not args.best_of:
+            return [row[0] for row in rows]
+        favourite = judge_prefs(load_judge(args, device), prompts, rows).mean(-1).argmax(-1)  # as win_rates
+        return [row[i] for row, i in zip(rows, favourite.tolist(), strict=True)]
+
+    chosen, facts = answers[best], {}
     if args.best_of:
-        chosen = best_of_n(policy, tokenizer, load_judge(args, device), held_out, args)
-        pairwise = load_judge(replace(args, preference="pairwise"), device)
-        wins = judge_prefs(pairwise, held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
-        error = wins.std().item() / math.sqrt(len(wins))
-        print(f"the judge's favourite of {args.best_of} samples wins vs start {wins.mean():.3f} ± {error:.2g}")
-    if asked and args.best_of:
-        prompts, chosen = asked, best_of_n(policy, tokenizer, load_judge(args, device), asked, args)
-    elif asked:
-        rows = sample_responses(policy, tokenizer, asked, 1, f"{args.seed} outputs", args, "answering")
-        prompts, chosen = asked, [row[0] for row in rows]
-    return prompts, chosen
+        chosen, judge = answer(held_out), load_judge(replace(args, preference="pairwise"), device)
+        wins = judge_prefs(judge, held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
+        facts = {"best_of": args.best_of, "best_of_vs_start": wins.mean().item()}
+        facts["best_of_vs_start_se"] = wins.std().item() / math.sqrt(len(wins))
+    return (asked, answer(asked), facts) if asked else (held_out, chosen, facts)
 
 
 def alpaca_outputs(prompts, answers, generator):
@@ -2219,25 +2278,30 @@ def win_matrix(prefs):
 
 
 def show_matrix(matrix):
-    """Print a win_matrix."""
+    """Print a win_matrix and the facts of closing_answers."""
     print("\niterate beats  " + "  ".join(f"{t:>13}" for t in range(len(matrix["win_rate"]))))
     for t, row in enumerate(zip(matrix["win_rate"], matrix["standard_error"], strict=True)):
         print(f"{t:>13}  " + "  ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(*row, strict=True)))
+    if "best_of" in matrix:
+        wins = f"{matrix['best_of_vs_start']:.3f} ± {matrix['best_of_vs_start_se']:.3f}"
+        print(f"the judge's favourite of {matrix['best_of']} samples of the best iterate beats 0: {wins}")
 
 
 def main(argv=None):
-    """`python common.py pairrm PATH`: the two answers of PairRM's model card, as published and as computed here."""
+    """`python common.py pairrm PATH`: the two answers on PairRM's model card, as published and as computed here."""
     parser = argparse.ArgumentParser(prog="common.py", description=main.__doc__)
     parser.add_argument("what", choices=["pairrm"])
     parser.add_argument("path", help="folder or hub id of PairRM")
     args = parser.parse_args(argv)
     try:
-        answers = pairrm_known_answers(args.path)
+        pairrm = PairRM(args.path)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    for prompt, first, second, published, logit in answers:
+    right = True
+    for prompt, first, second, published in CARD:
+        logit = pairrm.pair_logits([prompt], [[first, second]])[0, 0, 1].item()
         print(f"{prompt!r}: {first!r} over {second!r}: published {published:.4f}, here {logit:.4f}")
-    right = all(abs(published - logit) < 0.01 for *_, published, logit in answers)
+        right &= abs(published - logit) < 0.01
     print("these are the published weights" if right else "these are not the published weights, or something is wrong")
     sys.exit(0 if right else 1)
 

@@ -321,17 +321,16 @@ def main(args):
     check_args(args)
     fits = args.targets == "soft" or (args.pairs == "extremes" and args.log_z == "half")
     require(fits, "--targets hard: wants --pairs extremes and --log_z half, as only the best and worst are 1 and 0")
+    one = args.iterations == 1 or not args.responses
+    require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     run, device = run_folder(args, "sppo"), pick_device(args)
     trained = args.k if args.pairs == "all" else 2  # responses per prompt
     plan = plan_run(args, device, "rmsprop", trained)
     if args.dry_run:
         show_plan(plan, args)
-    one = args.iterations == 1 or not args.responses
-    require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     prompts = load_prompts(args.prompts, args.limit, args.seed)
     asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
-    judge = load_judge(args, device)  # each stage loads it again
-    try_judge(judge, args)
+    try_judge(load_judge(args, device), args)
     policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
     asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
@@ -342,9 +341,8 @@ def main(args):
         use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     if args.dry_run:
-        show_hours(policy, judge, parts[0], held_out, args, "rmsprop", trained)
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", trained)
         return []
-    del judge
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous = [], args.model
@@ -396,16 +394,16 @@ def main(args):
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])
         if args.tensorboard:
-            tables = {"iterate": [(iteration, metrics)], f"iteration_{iteration}": list(enumerate(steps, 1))}
-            write_events(run / "events", tables)
+            iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
+            write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
 
     best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place
-    answered, chosen = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    answered, chosen, facts = closing_answers(run / "final", device, held_out, asked, answers, best, args)
     write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
-    matrix = win_matrix(against)
+    matrix = {**win_matrix(against), **facts}
     write_json(run / "win_rates.json", matrix)
     show_table(table, COLUMNS, best)
     show_matrix(matrix)

@@ -174,7 +174,7 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
     [
         (["--k", "1"], "--k 1: must be at least 2"),
         (["--k", "two"], "--k"),
-        (["--eta", "0"], "--eta 0.0: must be a positive number"),
+        (["--eta", "0"], "--eta 0.0: must be between a millionth and a million"),
         (["--eta", "-3"], "--eta -3.0"),
         (["--eta", "nan"], "--eta nan"),
         (["--eta", "inf"], "--eta inf"),
@@ -326,7 +326,7 @@ def test_responses_with_scores_need_no_judge_to_train(job, workdir, monkeypatch)
         ({"prompt": "12"}, [], "line 1: no responses; keys found: prompt"),
         ({"prompt": "12", "responses": [{"text": "1", "ids": [98]}] * 5}, [], "no token ids of this model: [98]"),
         ({"prompt": "12", "responses": [{"text": "1", "ids": ["1"]}] * 5}, [], "no token ids of this model: ['1']"),
-        ({"prompt": "12", "responses": [{"text": "1", "ids": [20]}] * 5}, [], "its ids do not end with one of [1]"),
+        ({"prompt": "12", "responses": [{"text": "1", "ids": [20], "finished": True}] * 5}, [], "do not end with one of"),
         ({"prompt": "12", "responses": [{"text": "", "finished": False}] * 5}, [], "no token ids of this model: []"),
         ({}, ["--judge", "nowhere/pairrm"], "--judge nowhere/pairrm: no such folder"),
         ({}, ["--eval_prompts", "bad.json"], "--eval_prompts bad.json, line 1: not JSON"),
@@ -368,15 +368,18 @@ def test_eval_prompts_are_answered_in_alpaca_evals_format_and_never_trained_on(w
     assert len(trained) == 21 and not set(trained) & set(asked)
     said = capsys.readouterr().out
     assert "12 prompts left out: they are among --eval_prompts" in said
-    assert "the judge's favourite of 4 samples wins vs start 0." in said
+    assert "the judge's favourite of 4 samples of the best iterate beats 0: 0." in said
+    facts = json.loads((folder / "win_rates.json").read_text())
+    assert facts["best_of_vs_start"] > facts["win_rate"][1][0] + 0.05
 
 
 def test_the_favourite_of_n_is_the_judges(workdir):
     policy, tokenizer = common.load_policy("tiny")
     prompts = common.encode_prompts(tokenizer, common.digit_prompts(30, seed=3), 64)
     judge, args = common.DigitsJudge(), sppo.Args(best_of=6)
-    best = common.best_of_n(policy, tokenizer, judge, prompts, args)
-    samples = common.sample_responses(policy, tokenizer, prompts, 6, "1 best of", args)
+    start = [{"text": "", "finished": True, "repeats": False}] * 2
+    _, best, _ = common.closing_answers("tiny", "cpu", prompts[:2], prompts, [start], 0, args)
+    samples = common.sample_responses(policy, tokenizer, prompts, 6, "1 outputs", args)
     for prompt, row, favourite in zip(prompts, samples, best, strict=True):
         quality = judge.quality([prompt["prompt"]], [[y["text"] if y["finished"] else "" for y in row]])[0].tolist()
         assert favourite["finished"] or not any(y["finished"] for y in row)
@@ -438,8 +441,10 @@ def test_the_judge_is_gone_while_the_policy_trains(workdir, monkeypatch):
     monkeypatch.setattr(sppo, "train_step", lambda *rest: seen.append(len(alive)) or step(*rest))
     load = sppo.load_policy
     monkeypatch.setattr(sppo, "load_policy", lambda *rest, **more: seen.append(len(alive)) or load(*rest, **more))
-    sppo.main(sppo.Args(name="alone", **FEW))
-    assert seen[0] == 1 and len(seen) > 3 and not any(seen[1:])  # 1: main has just seen that there is a judge
+    sample = common.generate
+    monkeypatch.setattr(common, "generate", lambda *rest, **more: seen.append(len(alive)) or sample(*rest, **more))
+    sppo.main(sppo.Args(name="alone", best_of=3, **FEW))
+    assert len(seen) > 6 and not any(seen)
 
 
 def test_tensorboard_files_hold_the_metrics_or_the_way_to_install_it(workdir, monkeypatch):

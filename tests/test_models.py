@@ -493,6 +493,17 @@ def test_an_answer_ends_with_the_token_that_the_template_ends_it_with(template, 
     assert common.turn_end(tokenizer, stops) == tokenizer.convert_tokens_to_ids(end)
 
 
+def test_chat_tokens_stay_text_even_if_the_tokenizer_does_not_flag_them_special():
+    tokenizer = chat_tokenizer("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "  "])  # two blanks: a token of the text, as GPT-NeoX has them
+    start, end, blanks = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "  "])
+    text = "a<|im_end|>  <|im_start|>b<|im_<|im_end|>end|></s>"
+    ids = common.encode_text(tokenizer, text)
+    assert not {start, end, tokenizer.eos_token_id} & set(ids) and blanks in ids
+    assert tokenizer.decode(ids) == text
+    assert ids_of(tokenizer, user(text), max_tokens=99) == [start, *ids, end]
+
+
 def test_prompts_that_the_template_rejects_are_left_out_and_counted(capsys):
     alternate = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
     prompts = [[user("1")], [user("1"), user("2")], [user("3")]]

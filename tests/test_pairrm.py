@@ -274,11 +274,19 @@ def test_folders_and_ids_that_are_no_pairrm(tiny_cache, tmp_path, broken):
     assert "its config.json is not that of llm-blender/PairRM-hf" in refusal(policy)
     assert refusal(str(tmp_path / "none")).endswith("no such file or folder")
     for name in ("llm-blender/PairRM", "llm-blender/PairRM-hf"):
-        assert refusal(name).startswith("--judge llm-blender/PairRM-hf: no such folder here, and the hub, where PairRM")
+        assert refusal(name).startswith("--judge llm-blender/PairRM-hf: no such folder here, and the hub, where its c")
     name = broken(lambda weights: None)
     for file in (tmp_path / "broken").glob("tokenizer*"):
         file.unlink()
     assert refusal(name).startswith(f"--judge {name}: ")
+
+
+@pytest.mark.parametrize("mark", ["cls_token", "sep_token", "pad_token"])
+def test_a_tokenizer_with_other_marks(broken, tmp_path, mark):
+    name = broken(lambda weights: None)
+    file = tmp_path / "broken" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), mark: "light"}))
+    assert "its tokenizer is not PairRM's: " in refusal(name)
 
 
 def test_pickles_are_not_read(broken, tmp_path):
