@@ -93,7 +93,8 @@ def test_a_tiny_learning_rate_arrives_in_full(rule, moments, update):
     start, mine, right = train_both(rule, steps, lr, moments)
     for w, master, q in zip(start, masters(mine), right, strict=True):
         drift, intended = master - w.float(), q.data - w.float()
-        tolerance = 1e-6 if moments == torch.float32 else 0.05  # stochastic rounding of v, of 8 bits
+        # An ulp of a weight here or there, by the CPU's make; else the stochastic rounding of v, of 8 bits.
+        tolerance = 1e-4 if moments == torch.float32 else 0.05
         assert (drift - intended).norm() < tolerance * intended.norm()
         assert intended.abs().max() < 1e-4 < w.float().abs().max()
     alone, frozen = [w.clone() for w in start], [w.clone() for w in start]
