@@ -725,9 +725,8 @@ SHAPES = (
     "'\\n\\nHuman: ...\\n\\nAssistant: ...'; {instruction}; {instruction, completions: [{response, overall_score}]}; "
     "{prompt, all_generated_responses, all_rm_scores}; {prompt, responses: [text or {text, ids, finished, score}]}"
 )
-DATASET_FILES = {
-    "tatsu-lab/alpaca_eval": "alpaca_eval.json"
-}  # its loading script no longer runs; the file is all it read
+# Datasets whose loading script no longer runs, and the file that is all it read.
+DATASET_FILES = {"tatsu-lab/alpaca_eval": "alpaca_eval.json"}
 
 
 def digit_prompts(n, seed):
@@ -810,10 +809,8 @@ def read_rows(flag, source):
 def _choose_split(flag, name, split, splits):
     """`split`, by default "train" or the only one."""
     split = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    require(
-        split in splits,
-        f"{flag} {name}: no split {split!r}; give {flag} {name}:SPLIT, of {', '.join(splits) or 'none'}",
-    )
+    known = ", ".join(splits) or "none"
+    require(split in splits, f"{flag} {name}: no split {split!r}; give {flag} {name}:SPLIT, of {known}")
     return split
 
 
@@ -977,10 +974,8 @@ def read_responses(row, k):
     for y, score in zip(responses, row.get("all_rm_scores") or [], strict=False):
         y["score"] = score
     scored = ["score" in y and isinstance(y["score"], int | float) and math.isfinite(y["score"]) for y in responses]
-    require(
-        all(scored) or not any("score" in y for y in responses),
-        "a response without a score, or with one that is no number",
-    )
+    whole = all(scored) or not any("score" in y for y in responses)
+    require(whole, "a response without a score, or with one that is no number")
     return {"prompt": read_prompt(row), "responses": responses}
 
 
@@ -994,9 +989,7 @@ def _load(flag, source, read, key, limit):
     kept, left_out = {}, collections.Counter()
     for where, row in read_rows(flag, source):
         try:
-            require(
-                isinstance(row, dict), f"wanted an object with one of these keys: {SHAPES}; found {type(row).__name__}"
-            )
+            require(isinstance(row, dict), f"found {type(row).__name__}, wanted an object: {SHAPES}")
             use_if(any(value is not None for value in row.values()) or not row, "empty")
             item = read({name: value for name, value in row.items() if value is not None})
             left_out["repeated"] += key(item) in kept
@@ -2217,18 +2210,17 @@ def closing_answers(final, device, held_out, asked, answers, best, args):
     policy, tokenizer = load_policy(str(final), device)
 
     def answer(prompts):
-        rows = sample_responses(
-            policy, tokenizer, prompts, args.best_of or 1, f"{args.seed} outputs", args, "answering"
-        )
-        if not args.best_of:
+        k = args.best_of or 1
+        rows = sample_responses(policy, tokenizer, prompts, k, f"{args.seed} outputs", args, "answering")
+        if k == 1:
             return [row[0] for row in rows]
         favourite = judge_prefs(load_judge(args, device), prompts, rows).mean(-1).argmax(-1)  # as win_rates
         return [row[i] for row, i in zip(rows, favourite.tolist(), strict=True)]
 
     chosen, facts = answers[best], {}
     if args.best_of:
-        chosen, judge = answer(held_out), load_judge(replace(args, preference="pairwise"), device)
-        wins = judge_prefs(judge, held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
+        chosen, pairwise = answer(held_out), replace(args, preference="pairwise")
+        wins = judge_prefs(load_judge(pairwise, device), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
         facts = {"best_of": args.best_of, "best_of_vs_start": wins.mean().item()}
         facts["best_of_vs_start_se"] = wins.std().item() / math.sqrt(len(wins))
     return (asked, answer(asked), facts) if asked else (held_out, chosen, facts)

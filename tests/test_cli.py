@@ -443,7 +443,8 @@ def test_the_judge_is_gone_while_the_policy_trains(workdir, monkeypatch):
     monkeypatch.setattr(sppo, "load_policy", lambda *rest, **more: seen.append(len(alive)) or load(*rest, **more))
     sample = common.generate
     monkeypatch.setattr(common, "generate", lambda *rest, **more: seen.append(len(alive)) or sample(*rest, **more))
-    sppo.main(sppo.Args(name="alone", best_of=3, **FEW))
+    common.write_jsonl("asked.jsonl", [{"prompt": "32"}, {"prompt": "41"}])
+    sppo.main(sppo.Args(name="alone", best_of=3, eval_prompts="asked.jsonl", **FEW))
     assert len(seen) > 6 and not any(seen)
 
 
