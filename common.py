@@ -10,7 +10,7 @@ Each section depends only on those above it, so that any of them can be copied o
     6. Generation                      generate: K samples per prompt from a KV cache whose rows are refilled
     7. Judges                          preference matrices prefs[b, i, j] = P(y_i > y_j)
     8. Plan                            plan_run: what a run takes, said before it starts
-    9. In the scripts' main            sampling under Args, tables
+    9. In the scripts' main            sampling under Args, evaluation, tables
 
 Shapes: B sequences, K samples per prompt, T tokens, V vocabulary, D hidden, N response tokens, S rows ("slots") of
 the generator. Log-probs are in nats. A prompt is a list of chat messages, {"role", "content"}, before it is token ids.
@@ -103,14 +103,16 @@ POSITIVE = (lambda v: 1e-6 <= v <= 10**6, "between a millionth and a million")
 LIMITS = {
     **dict.fromkeys(("max_prompt_tokens", "iterations", "max_new_tokens", "slots"), COUNT),
     **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n"), COUNT),
-    **dict.fromkeys(("eta", "max_grad_norm"), POSITIVE),
+    **dict.fromkeys(("eta", "max_grad_norm", "exact_scale", "lr_decay"), POSITIVE),
     **dict.fromkeys(("learning_rate", "top_p", "repeat_share"), (lambda v: 0 < v <= 1, "in (0, 1]")),
     **dict.fromkeys(("temperature", "judge_temperature"), (lambda v: 0.01 <= v <= 100, "in [0.01, 100]")),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
     "best_of": (lambda v: v == 0 or 2 <= v <= 128, "0 (none) or between 2 and 128"),
     "k": (lambda v: 2 <= v <= 128, "at least 2, to have something to compare with, and at most 128"),
     "n_eval": (lambda v: 2 <= v <= 10**7, "at least 2, to have a standard error, and at most ten million"),
-    "warmup_ratio": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    **dict.fromkeys(("warmup_ratio", "replay"), (lambda v: 0 <= v < 1, "in [0, 1)")),
+    **dict.fromkeys(("min_win_rate", "margin", "student_margin"), (lambda v: 0 <= v <= 1, "in [0, 1]")),
+    "sft_alpha": (lambda v: 0 <= v <= 10**6, "between 0 and a million"),
     "seed": (lambda v: 0 <= v < 2**63, "between 0 and 2^63"),
 }
 
@@ -539,14 +541,17 @@ def use_checkpointing(policy):
             layer.forward = partial(checkpointed, layer.forward)
 
 
-def micro_batches(policy, prompts, responses, max_tokens):
+def micro_batches(policy, prompts, responses, max_tokens, pairs=False):
     """Cut rows of similar length into parts for response_logps that have, padded, at most `max_tokens` tokens.
 
-    Returns lists of indices. Consecutive equal prompts stay together if the policy can share them; a row that is longer
-    than max_tokens goes alone.
+    Returns lists of indices. Consecutive equal prompts stay together if the policy can share them; with `pairs`, rows
+    0 and 1, 2 and 3, ... stay together in any case. A row that is longer than max_tokens goes alone.
     """
     groups = prompt_groups(policy, prompts)
     lengths = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
+    if pairs and len(groups) == len(prompts):  # nothing is shared
+        groups = [[i, i + 1] for i in range(0, len(prompts), 2)]
+        lengths = [2 * max(lengths[i : i + 2]) for i, _ in groups]
     batches = []  # lists of groups
     for n in sorted(range(len(groups)), key=lambda n: lengths[n]):
         if not batches or (len(batches[-1]) + 1) * lengths[n] > max_tokens:  # sorted: this row is the longest so far
@@ -1026,6 +1031,25 @@ def load_pairs(source, limit=0):
 def load_responses(source, k):
     """Responses that another engine made: {prompt_key: what read_responses says of the row}."""
     return _load("--responses", source, partial(read_responses, k=k), lambda row: prompt_key(row["prompt"]), 0)
+
+
+def read_gold(row):
+    """{"prompt", "gold": text}: a teacher's response, of UltraFeedback gpt-4's. Raises LeftOut or InputError."""
+    completions = [y.get("response") for y in row.get("completions") or [] if y.get("model") == "gpt-4"]
+    texts = [row.get(name) for name in ("gold", "response", "output", "chosen")]
+    known = "completions" in row or any(text is not None for text in texts)
+    require(known, f"no gold; keys found: {', '.join(row)}; wanted gold, response, output, chosen or completions")
+    text = next((text for text in [*completions, *texts] if text is not None), None)
+    use_if(text is not None, "without a completion of gpt-4")
+    gold = _prompt_and_answer(text)[1]
+    use_if(gold.strip(), "with an empty response")
+    use_if(is_text(gold), HALF)
+    return {"prompt": read_prompt(row), "gold": gold}
+
+
+def load_gold(source):
+    """A teacher's responses: {prompt_key: what read_gold says of the row}."""
+    return _load("--gold", source, read_gold, lambda row: prompt_key(row["prompt"]), 0)
 
 
 def split_prompts(prompts, iterations, n_eval, seed, asked=()):
@@ -1906,7 +1930,7 @@ def judge_prefs(judge, prompts, responses):
     b, k = len(prompts), len(responses[0])
     if {len(row) for row in responses} != {k} or len(responses) != b:
         raise ValueError(f"wanted as many responses to each of {b} prompts, got {[len(row) for row in responses][:9]}")
-    if "score" in responses[0][0]:
+    if all("score" in y for row in responses for y in row):
         prefs = score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))
     else:
         n = max(1, min(64, 1280 // k**2))
@@ -2191,6 +2215,69 @@ def given_responses(policy, tokenizer, prompts, args):
         others = f"its other {len(given) - len(kept)} prompts are held out or not in --prompts"
         print(f"--responses: it answers {len(kept)} of {len(prompts)} training prompts; {others}")
     return kept, rows
+
+
+def evaluate(policy, tokenizer, held_out, answers, previous, args):
+    """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
+
+    answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
+    iterate before this one, a name or folder for load_policy. Returns the metrics, and prefs (held-out prompts,
+    iterates, iterates), 1/2 for the start alone.
+    """
+    t = len(answers)
+    new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
+    answers.append([row[0] for row in new])
+    length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
+    metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
+    judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
+    if t:
+        prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
+        for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
+            metrics[f"win_rate_vs_{name}"] = wins.mean().item()
+            metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
+        if reading := equal_length_win_rate(prefs[:, t, 0], length[t], length[0]):
+            metrics["win_rate_at_equal_length"], metrics["win_rate_at_equal_length_se"] = reading
+    if hasattr(judge, "metrics"):  # of the samples, and of the most likely answers, which need not get better with them
+        most_likely = replace(args, temperature=0.0, top_p=1.0)
+        greedy = [row[0] for row in sample_responses(policy, tokenizer, held_out, 1, 0, most_likely, "greedy answers")]
+        for prefix, ys in (("", answers[t]), ("greedy_", greedy)):
+            figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in ys])
+            metrics |= {prefix + name: float(figure) for name, figure in figures.items()}
+    del judge  # only one of judge, reference and optimiser is in memory beside the policy
+    if t:
+        reference, _ = load_policy(previous, policy.device)
+        rows = ([p["prompt_ids"] for p in held_out], [y["ids"] for y in answers[t]], args.micro_tokens, "KL")
+        # E_{y ~ pi_{t+1}} of the log-ratio: the KL if --temperature and --top_p are 1, else sharper samples estimate it
+        metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
+    metrics["length"] = length[t].mean().item()
+    metrics["length_vs_start"] = metrics["length"] / length[0].mean().item()
+    metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
+    metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
+    return metrics, prefs
+
+
+def gold_responses(policy, tokenizer, parts, args):
+    """The teacher's response to each encoded prompt of `parts`, a list of lists; None where it is missing."""
+    if not args.gold:
+        print("no --gold: pairs are of the student's responses alone")
+        return [[None] * len(part) for part in parts]
+    digits, end = args.gold == "digits", turn_end(tokenizer, stop_ids(policy, tokenizer))
+    given = {} if digits else load_gold(args.gold)
+
+    def gold(prompt):
+        text = given.get(prompt_key(prompt["prompt"]), {}).get("gold")
+        text = "".join(sorted(re.findall("[0-9]", prompt["prompt"][-1]["content"]))) if digits else text
+        if text is None:
+            return None
+        ids = [*encode_text(tokenizer, text), end]
+        fits = len(ids) <= args.max_new_tokens
+        return {**as_response(ids[: args.max_new_tokens], text, fits, args), "teacher": True}
+
+    golds = [[gold(prompt) for prompt in part] for part in parts]
+    missing, n = sum(row.count(None) for row in golds), sum(map(len, parts))
+    if missing:
+        print(f"--gold: missing for {missing} of {n} prompts, which have student pairs only")
+    return golds
 
 
 def attach(name, rows, values):

@@ -34,7 +34,7 @@ import math
 import random
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ from common import (
     cli,
     closing_answers,
     encode_prompts,
-    equal_length_win_rate,
+    evaluate,
     given_responses,
     judge_prefs,
     load_judge,
@@ -149,6 +149,7 @@ COLUMNS = {  # of the line per iterate and of the closing table
     "win_rate_at_equal_length": "at equal length",
     "win_rate_vs_previous": "vs previous",
     "exact_match": "exact match",
+    "greedy_exact_match": "greedy",
     "length": "tokens",
     "unfinished": "unfinished",
     "repeats": "repeat",
@@ -272,45 +273,6 @@ def train(policy, pairs, seed, args):
                 steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
                 bar.update()
     return steps
-
-
-# Evaluate ------------------------------------------------------------------------------------------------------------
-
-
-def evaluate(policy, tokenizer, held_out, answers, previous, args):
-    """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
-
-    answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
-    iterate before this one, a name or folder for load_policy. Returns the metrics, and prefs (held-out prompts,
-    iterates, iterates), 1/2 for the start alone.
-    """
-    t = len(answers)
-    new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
-    answers.append([row[0] for row in new])
-    length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
-    metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
-    judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
-    if t:
-        prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
-        for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
-            metrics[f"win_rate_vs_{name}"] = wins.mean().item()
-            metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
-        if reading := equal_length_win_rate(prefs[:, t, 0], length[t], length[0]):
-            metrics["win_rate_at_equal_length"], metrics["win_rate_at_equal_length_se"] = reading
-    if hasattr(judge, "metrics"):
-        figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in answers[t]])
-        metrics |= {name: float(figure) for name, figure in figures.items()}
-    del judge  # only one of judge, reference and optimiser is in memory beside the policy
-    if t:
-        reference, _ = load_policy(previous, policy.device)
-        rows = ([p["prompt_ids"] for p in held_out], [y["ids"] for y in answers[t]], args.micro_tokens, "KL")
-        # E_{y ~ pi_{t+1}} of the log-ratio: the KL if --temperature and --top_p are 1, else sharper samples estimate it
-        metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
-    metrics["length"] = length[t].mean().item()
-    metrics["length_vs_start"] = metrics["length"] / length[0].mean().item()
-    metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
-    metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
-    return metrics, prefs
 
 
 # Main ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,444 @@
+"""DNO, Direct Nash Optimization: contrastive learning on the pairs that the policy's own samples and a teacher's make.
+
+Rosset et al. 2024, arXiv 2404.03715. Algorithm 2 (DNO-Prct), the default: in each iteration the policy pi_t answers
+every prompt K times, a judge ranks these answers and a teacher's, and DPO's loss with pi_t as reference is minimised on
+the pairs of a large margin. Algorithm 1's loss (eq. 8 and 12), --loss exact: cross-entropy with the soft target
+sigmoid(r_t(y1) - r_t(y2)), minimised by pi_{t+1}(y) ~ pi_t(y) exp(r_t(y) / eta), eq. 9.
+
+    python dno.py                       the built-in task, a minute on two CPU cores (README.md)
+    python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    all of it your own
+
+It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final/, outputs.json and
+win_rates.json.
+
+Where this file departs from the paper, and why:
+ 1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
+    says. In the paper repetition makes automatic negatives; of cut ones it does not speak.
+ 2. Margins are in win rates over the other candidates, as PairRM gives them; the paper's points, 5 or 6 of 6 for a
+    positive and margins of 2 and 1, belong to its GPT-4 judge.
+ 3. The learning rate is 5e-7 for real models; the paper prints 5e-5, a hundred times what full fine-tuning of 7B models
+    with DPO runs at elsewhere. The optimiser is sppo.py's RMSprop.
+ 4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not say of what.
+ 5. Replay: the 30 % of iteration t - 1, 15 % of t - 2, ... are shares of all pairs that iteration t trains on.
+ 6. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+    stochastically.
+eta here divides the preference (DPO calls it beta); SPPO's eta multiplies it.
+"""
+
+import collections
+import itertools
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
+
+from common import (
+    alpaca_outputs,
+    aside,
+    attach,
+    check_args,
+    cli,
+    closing_answers,
+    encode_prompts,
+    evaluate,
+    given_responses,
+    gold_responses,
+    judge_prefs,
+    load_judge,
+    load_policy,
+    load_prompts,
+    make_optimizer,
+    micro_batches,
+    pick_device,
+    plan_run,
+    require,
+    response_logps,
+    run_folder,
+    sample_responses,
+    save_policy,
+    score,
+    show,
+    show_hours,
+    show_matrix,
+    show_plan,
+    show_table,
+    split_prompts,
+    start_run,
+    try_judge,
+    use_checkpointing,
+    win_matrix,
+    write_events,
+    write_json,
+    write_jsonl,
+)
+
+
+@dataclass
+class Args:
+    """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
+
+    # model and data
+    model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
+    prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
+    gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
+    responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm', its folder or hub id, or a key of common.JUDGES.")
+    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
+    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
+    limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
+    n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
+    max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
+    # algorithm
+    iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
+    k: int = HfArg(default=5, help="Responses sampled per prompt.")
+    loss: Literal["contrastive", "exact"] = HfArg(default="contrastive", help="Algorithm 2's loss, or Algorithm 1's.")
+    eta: float = HfArg(default=2.0, help="Step size: a log-ratio moves by preferences divided by eta.")
+    exact_scale: float = HfArg(default=1.0, help="c of --loss exact: targets are sigmoid(c (r1 - r2)).")
+    pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
+        default="dno", help="Large margins; those the teacher wins; teacher first, unjudged; or any margin."
+    )
+    min_win_rate: float = HfArg(default=0.5, help="A positive's least win rate over the other candidates.")
+    margin: float = HfArg(default=0.3, help="The least difference of win rates if the positive is the teacher's.")
+    student_margin: float = HfArg(default=0.15, help="The same if the positive is the student's.")
+    replay: float = HfArg(
+        default=0.3, help="Share of pairs from the iteration before, half of it from that before, ..."
+    )
+    sft_alpha: float = HfArg(default=0.1, help="Weight of -log pi(y+|x), added to the loss.")
+    # sampling
+    temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
+    top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
+    max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
+    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
+    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
+    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
+    # optimiser
+    learning_rate: float = HfArg(default=1.5e-4, help="Peak learning rate of RMSprop, in the first iteration.")
+    lr_decay: float = HfArg(default=1.0, help="It is multiplied by this from one iteration to the next.")
+    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
+    epochs: int = HfArg(default=1, help="Passes over the pairs of an iteration.")
+    batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    checkpointing: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="Recompute layers; auto: if memory is short."
+    )
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    # run
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
+    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
+    seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
+
+
+PAPER = {  # arXiv 2404.03715, section 5; K, 3 iterations, one epoch and the batch are the defaults; rate: 3. above
+    "prompts": "openbmb/UltraFeedback",
+    "gold": "openbmb/UltraFeedback",
+    "judge": "pairrm",
+    "limit": 0,
+    "eta": 0.1,
+    "sft_alpha": 0.005,
+    "max_prompt_tokens": 512,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "max_new_tokens": 1024,
+    "slots": 64,
+    "learning_rate": 5e-7,
+}
+RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
+
+COLUMNS = {  # of the line per iterate and of the closing table
+    "loss": "loss",
+    "win_rate_vs_start": "wins vs start",
+    "win_rate_at_equal_length": "at equal length",
+    "win_rate_vs_previous": "vs previous",
+    "exact_match": "exact match",
+    "greedy_exact_match": "greedy",
+    "length": "tokens",
+    "unfinished": "unfinished",
+    "repeats": "repeat",
+    "kl": "KL",
+    "chosen_log_ratio": "log-ratio chosen",
+    "rejected_log_ratio": "log-ratio rejected",
+    "pairs": "pairs",
+    "teacher_student": "t>s",
+    "student_teacher": "s>t",
+    "student_student": "s>s",
+    "replayed": "replayed",
+    "tokens_per_second": "tokens/s",
+    "seconds": "seconds",
+}
+
+
+# The maths -----------------------------------------------------------------------------------------------------------
+
+
+def _log_ratio_difference(logps, ref_logps, other_logps, other_ref_logps, eta):
+    """eta (h(y) - h(y')), h = log pi - log pi_t; all (B,), nats."""
+    if eta <= 0:
+        raise ValueError(f"eta must be positive, got {eta}")
+    shapes = [tuple(x.shape) for x in (logps, ref_logps, other_logps, other_ref_logps)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+    return eta * ((logps - ref_logps) - (other_logps - other_ref_logps))
+
+
+def dno_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, eta):
+    """The contrastive loss -log sigmoid(eta h(y+) - eta h(y-)) of Algorithm 2, line 7 of arXiv 2404.03715.
+
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (B,): log pi(y|x) of the policy and of pi_t,
+    nats, summed over the response's tokens. eta > 0 (DPO's beta). Returns (B,), nats; log 2 at the start.
+    Raises ValueError when eta is not positive or the shapes differ.
+
+    >>> one = torch.ones(1)
+    >>> dno_loss(-2 * one, -3 * one, -3 * one, -2 * one, eta=0.5)  # eta (1 - (-1)) = 1: log(1 + e^-1)
+    tensor([0.3133])
+    """
+    return -logsigmoid(_log_ratio_difference(chosen_logps, ref_chosen_logps, rejected_logps, ref_rejected_logps, eta))
+
+
+def dno_exact_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, r_1, r_2, eta):
+    """Cross-entropy of sigmoid(eta h(y1) - eta h(y2)) with the target sigmoid(r(y1) - r(y2)), eq. 8 and 12.
+
+    Source: arXiv 2404.03715. logps_1, logps_2, ref_logps_1, ref_logps_2 (B,): as in dno_loss, in either order.
+    r_1, r_2 (B,): r_t(y) = E P(y > pi_t), a preference in [0, 1], or a multiple of it. eta > 0. Returns (B,), nats;
+    least where h(y1) - h(y2) = (r_1 - r_2) / eta, eq. 9. Raises ValueError as dno_loss.
+
+    >>> one = torch.ones(1)
+    >>> dno_exact_loss(-2 * one, -3 * one, -2 * one, -3 * one, 0.7 * one, 0.7 * one, eta=0.1)
+    tensor([0.6931])
+    """
+    margin = _log_ratio_difference(logps_1, ref_logps_1, logps_2, ref_logps_2, eta)
+    target = torch.sigmoid(r_1 - r_2)
+    return -(target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin))  # eq. 8; sigmoid(r2 - r1) = 1 - target
+
+
+def win_rates(prefs):
+    """r_t(y): the mean preference of each candidate over the others. prefs (B, K, K) -> (B, K) in [0, 1].
+
+    >>> win_rates(torch.tensor([[[0.5, 0.9, 0.7], [0.1, 0.5, 0.5], [0.3, 0.5, 0.5]]]))
+    tensor([[0.8000, 0.3000, 0.4000]])
+    """
+    return (prefs.sum(-1) - prefs.diagonal(dim1=-2, dim2=-1)) / (prefs.shape[-1] - 1)
+
+
+# Roll-out and pairs --------------------------------------------------------------------------------------------------
+
+
+def make_pairs(prompts, candidates, args):
+    """Algorithm 2, line 6: rows {"prompt", "prompt_ids", "responses": [y+, y-], "kind"} and {rule: how many failed it}.
+
+    candidates: per prompt its responses with "win_rate", the teacher's with "teacher". A pair of a large margin: y+ has
+    min_win_rate, and y- less than y+ by margin, or by student_margin if y+ is the student's. --pairs restrictive wants
+    the teacher to win as well, all wants no margin, spin makes the teacher win whatever the judge says. --loss exact
+    wants no margin either: its targets say by how much y+ is better, if at all.
+    """
+    rows, failed = [], collections.Counter()
+    for prompt, candidate in zip(prompts, candidates, strict=True):
+        for a, b in itertools.combinations(sorted(candidate, key=lambda y: -y["win_rate"]), 2):
+            if args.pairs == "spin" and "teacher" in b:
+                a, b = b, a
+            kind, gap = (
+                " > ".join("teacher" if "teacher" in y else "student" for y in (a, b)),
+                a["win_rate"] - b["win_rate"],
+            )
+            rule = ""
+            if a["ids"] == b["ids"]:
+                rule = "the same"
+            elif args.pairs in ("restrictive", "spin") and kind != "teacher > student":
+                rule = f"--pairs {args.pairs}"
+            elif args.loss == "contrastive" and args.pairs != "spin" and gap <= 0:
+                rule = "a tie"
+            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive"):
+                least = "--margin" if "teacher" in a else "--student_margin"
+                rule = least if gap < getattr(args, least[2:]) else rule
+                rule = "--min_win_rate" if a["win_rate"] < args.min_win_rate else rule
+            failed[rule] += 1
+            if not rule:
+                rows.append({**prompt, "responses": [a, b], "kind": kind})
+    del failed[""]
+    return rows, dict(failed)
+
+
+def with_replay(pairs, earlier, share, rng):
+    """`pairs` and random rows of the lists in `earlier`, the last of which makes at most `share` of all, and so on.
+
+    That is share / 2 for the one before it, share / 4, ...; all are the new pairs and the replayed ones.
+    """
+    shares = [share / 2**i for i in range(len(earlier))][::-1]
+    sizes, total = None, [0] * len(earlier)
+    while sizes != total:  # each share is of all pairs, the replayed ones included
+        sizes = total
+        n = len(pairs) + sum(sizes)
+        total = [min(len(rows), int(s * n)) for s, rows in zip(shares, earlier, strict=True)]
+    return pairs + [row for rows, size in zip(earlier, sizes, strict=True) for row in rng.sample(rows, size)]
+
+
+# Train ---------------------------------------------------------------------------------------------------------------
+
+
+def train_step(policy, optimizer, scheduler, batch, args):
+    """One optimiser step on `batch`, rows of make_pairs; returns means over the batch and the gradient norm."""
+    rows = [(pair, response) for pair in batch for response in pair["responses"]]  # chosen, rejected, chosen, ...
+    prompts, responses = [pair["prompt_ids"] for pair, _ in rows], [response["ids"] for _, response in rows]
+    ref_logps = torch.tensor([response["ref_logps"] for _, response in rows], device=policy.device)
+    win_rate = torch.tensor([response["win_rate"] for _, response in rows], device=policy.device)
+    losses, log_ratio = torch.zeros(len(batch)), torch.zeros(len(rows))
+    for i in micro_batches(policy, prompts, responses, args.micro_tokens, pairs=True):
+        logps = response_logps(policy, [prompts[j] for j in i], [responses[j] for j in i])
+        (chosen, rejected), (ref_chosen, ref_rejected) = logps.view(-1, 2).T, ref_logps[i].view(-1, 2).T
+        if args.loss == "exact":
+            r_1, r_2 = args.exact_scale * win_rate[i].view(-1, 2).T
+            loss = dno_exact_loss(chosen, rejected, ref_chosen, ref_rejected, r_1, r_2, args.eta)  # eq. 8
+        else:
+            loss = dno_loss(chosen, rejected, ref_chosen, ref_rejected, args.eta)  # Alg. 2, line 7
+        loss = loss - args.sft_alpha * chosen
+        (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+        losses[[j // 2 for j in i[::2]]], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    finite = math.isfinite(grad_norm)
+    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    log_ratio = log_ratio.view(len(batch), -1)  # (pairs, chosen and rejected)
+    chosen, rejected = log_ratio[:, 0].mean().item(), log_ratio[:, -1].mean().item()
+    loss = losses.mean().item()
+    return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
+
+
+def train(policy, pairs, learning_rate, seed, args):
+    """Algorithm 2, line 7: minimise the loss over `pairs`; returns what train_step says of each step."""
+    optimizer = make_optimizer(policy, "rmsprop", learning_rate)
+    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
+    rng, steps = random.Random(seed), []
+    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
+        for _ in range(args.epochs):
+            order = rng.sample(pairs, len(pairs))
+            for i in range(0, len(order), args.batch_size):
+                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
+                bar.update()
+    return steps
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    """Run DNO; returns the metrics of every iterate, the start first. Raises InputError when it cannot go on."""
+    check_args(args)
+    one = args.iterations == 1 or not args.responses
+    require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
+    run, device = run_folder(args, "dno"), pick_device(args)
+    trained = 2  # responses per pair
+    plan = plan_run(args, device, "rmsprop", trained)
+    if args.dry_run:
+        show_plan(plan, args)
+    prompts = load_prompts(args.prompts, args.limit, args.seed)
+    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
+    try_judge(load_judge(args, device), args)
+    policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
+    prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
+    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
+    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
+    if args.responses:
+        parts[0], given = given_responses(policy, tokenizer, parts[0], args)
+    golds = gold_responses(policy, tokenizer, parts, args)
+    if plan["checkpointing"]:
+        use_checkpointing(policy)
+    print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
+    if args.dry_run:
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", args.k * (args.k + 1))
+        return []
+    start_run(run, args, device=device, parameters=policy.num_parameters())
+    print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
+    answers, previous, earlier = [], args.model, []
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
+    show(table[0], COLUMNS)
+    write_jsonl(run / "metrics.jsonl", table)
+
+    for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
+        start, folder = time.perf_counter(), run / f"iter_{iteration}"
+        # Alg. 2, line 3: the teacher's responses are in golds, None where there is none; line 4: K from pi_t
+        if args.responses:
+            responses = given
+        else:
+            responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+        sampling_seconds = time.perf_counter() - start
+        rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
+        write_jsonl(folder / "responses.jsonl", rows)
+        # Alg. 2, line 5: rank all K + 1 by the win rate over the others
+        candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
+        for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
+            some = [b for b, row in enumerate(candidates) if len(row) == n]
+            judge, rows = load_judge(args, device), [candidates[b] for b in some]
+            prefs = judge_prefs(judge, [prompts[b] for b in some], rows)  # (B, n, n)
+            attach("win_rate", [y for row in rows for y in row], win_rates(prefs).flatten())
+            del judge
+        write_jsonl(folder / "preferences.jsonl", [{"win_rate": [y["win_rate"] for y in row]} for row in candidates])
+        # Alg. 2, line 6: pairs of a large margin; then some of earlier iterations, all with the log-probs of pi_t
+        new, failed = make_pairs(prompts, candidates, args)
+        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
+        if not pairs:
+            why = ", ".join(f"{n} by {rule}" for rule, n in failed.items())
+            nothing = f"iteration {iteration}: no pair; ruled out are {why or 'none'}"
+            require(iteration > 1, f"{nothing}; see {folder}, and try a lower --margin or --min_win_rate")
+            print(nothing)
+            break
+        rows = list({id(y): (pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]}.values())  # once each
+        ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
+        attach("ref_logps", [y for _, y in rows], ref_logps)
+        write_jsonl(folder / "pairs.jsonl", pairs)
+        # Alg. 2, line 7, or eq. 8
+        learning_rate = args.learning_rate * args.lr_decay ** (iteration - 1)
+        steps = train(policy, pairs, learning_rate, f"{args.seed} shuffle {iteration}", args)
+        earlier.append(new)
+        write_jsonl(folder / "steps.jsonl", steps)
+
+        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, args)
+        last = steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
+        if not args.responses:
+            metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
+        metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new)}
+        for kind in ("teacher > student", "student > teacher", "student > student"):
+            metrics[kind.replace(" > ", "_")] = sum(pair["kind"] == kind for pair in new)
+        metrics["seconds"] = time.perf_counter() - start
+        previous = str(folder / "policy")
+        save_policy(policy, tokenizer, previous)
+        table.append(metrics)
+        write_jsonl(run / "metrics.jsonl", table)
+        show(metrics, COLUMNS, pairs[:2])
+        if args.tensorboard:
+            iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
+            write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
+
+    # Alg. 2, line 9: the best iterate on held-out prompts
+    best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
+    with aside(run / "final") as part:
+        shutil.copytree(run / f"iter_{best}" / "policy", part)
+    del policy  # the best one takes its place
+    answered, chosen, facts = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
+    matrix = {**win_matrix(against), **facts}
+    write_json(run / "win_rates.json", matrix)
+    show_table(table, COLUMNS, best)
+    show_matrix(matrix)
+    print(f"\n* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
+    if table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
+        print("but even it loses to the start: try a lower --learning_rate or more prompts")
+    return table
+
+
+if __name__ == "__main__":
+    cli(main, Args, RECIPES, __doc__)
