@@ -2227,6 +2227,11 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
     t = len(answers)
     new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
     answers.append([row[0] for row in new])
+    graded = {"": answers[t]} if hasattr(JUDGES.get(args.judge), "metrics") else {}
+    if graded:  # the most likely answers as well, which need not get better with the samples
+        most_likely = replace(args, temperature=0.0, top_p=1.0)
+        greedy = sample_responses(policy, tokenizer, held_out, 1, 0, most_likely, "greedy answers")
+        graded["greedy_"] = [row[0] for row in greedy]
     length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
     metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
     judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
@@ -2237,12 +2242,9 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
             metrics[f"win_rate_vs_{name}_se"] = (wins.std() / math.sqrt(len(wins))).item()
         if reading := equal_length_win_rate(prefs[:, t, 0], length[t], length[0]):
             metrics["win_rate_at_equal_length"], metrics["win_rate_at_equal_length_se"] = reading
-    if hasattr(judge, "metrics"):  # of the samples, and of the most likely answers, which need not get better with them
-        most_likely = replace(args, temperature=0.0, top_p=1.0)
-        greedy = [row[0] for row in sample_responses(policy, tokenizer, held_out, 1, 0, most_likely, "greedy answers")]
-        for prefix, ys in (("", answers[t]), ("greedy_", greedy)):
-            figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in ys])
-            metrics |= {prefix + name: float(figure) for name, figure in figures.items()}
+    for prefix, ys in graded.items():
+        figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in ys])
+        metrics |= {prefix + name: float(figure) for name, figure in figures.items()}
     del judge  # only one of judge, reference and optimiser is in memory beside the policy
     if t:
         reference, _ = load_policy(previous, policy.device)

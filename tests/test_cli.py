@@ -439,8 +439,8 @@ def test_the_judge_is_gone_while_the_policy_trains(workdir, monkeypatch):
     monkeypatch.setitem(common.JUDGES, "digits", Judge)
     step = sppo.train_step
     monkeypatch.setattr(sppo, "train_step", lambda *rest: seen.append(len(alive)) or step(*rest))
-    load = sppo.load_policy
-    monkeypatch.setattr(sppo, "load_policy", lambda *rest, **more: seen.append(len(alive)) or load(*rest, **more))
+    load = common.load_policy
+    monkeypatch.setattr(common, "load_policy", lambda *rest, **more: seen.append(len(alive)) or load(*rest, **more))
     sample = common.generate
     monkeypatch.setattr(common, "generate", lambda *rest, **more: seen.append(len(alive)) or sample(*rest, **more))
     common.write_jsonl("asked.jsonl", [{"prompt": "32"}, {"prompt": "41"}])
