@@ -1114,9 +1114,8 @@ def encode_text(tokenizer, text):
     spelled = [token for token in control_tokens(tokenizer) if token in text]
     cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelled)
     pieces = re.split(cuts, text) if spelled else [text]  # each is cut behind its first letter
-    return [
-        i for piece in pieces for i in tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-    ]
+    ids = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids for piece in pieces]
+    return list(itertools.chain(*ids))
 
 
 def turn_end(tokenizer, stop_ids):
@@ -1744,14 +1743,12 @@ class PairRM:
     """
 
     def __init__(self, path_or_id=PAIRRM, device="cpu", dtype=None, preference="pairwise", temperature=1.0):
-        name = (
-            PAIRRM if path_or_id in ("pairrm", "llm-blender/PairRM") else path_or_id
-        )  # the latter's weights, loadable
+        # llm-blender/PairRM has the same weights, under a config.json that transformers cannot read.
+        name = PAIRRM if path_or_id in ("pairrm", "llm-blender/PairRM") else path_or_id
         try:
             config = DebertaV2Config.from_pretrained(name)
-            require(
-                hasattr(config, "source_prefix_id"), f"its config.json is not that of {PAIRRM}: no source_prefix_id"
-            )
+            alien = f"its config.json is not that of {PAIRRM}: no source_prefix_id"
+            require(hasattr(config, "source_prefix_id"), alien)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.prefixes = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             marks = self.tokenizer.convert_ids_to_tokens(self.prefixes)

@@ -101,7 +101,7 @@ class Args:
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
     k: int = HfArg(default=5, help="Responses sampled per prompt.")
     loss: Literal["contrastive", "exact"] = HfArg(default="contrastive", help="Algorithm 2's loss, or Algorithm 1's.")
-    eta: float = HfArg(default=2.0, help="Step size: a log-ratio moves by preferences divided by eta.")
+    eta: float = HfArg(default=2.0, help="Regularisation: log-ratios move by preferences divided by eta.")
     exact_scale: float = HfArg(default=1.0, help="c of --loss exact: targets are sigmoid(c (r1 - r2)).")
     pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
         default="dno", help="Large margins; those the teacher wins; teacher first, unjudged; or any margin."
@@ -203,7 +203,8 @@ def dno_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     >>> dno_loss(-2 * one, -3 * one, -3 * one, -2 * one, eta=0.5)  # eta (1 - (-1)) = 1: log(1 + e^-1)
     tensor([0.3133])
     """
-    return -logsigmoid(_log_ratio_difference(chosen_logps, ref_chosen_logps, rejected_logps, ref_rejected_logps, eta))
+    margin = _log_ratio_difference(chosen_logps, ref_chosen_logps, rejected_logps, ref_rejected_logps, eta)
+    return -logsigmoid(margin)  # Alg. 2, line 7
 
 
 def dno_exact_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, r_1, r_2, eta):
@@ -223,7 +224,9 @@ def dno_exact_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, r_1, r_2, eta):
 
 
 def win_rates(prefs):
-    """r_t(y): the mean preference of each candidate over the others. prefs (B, K, K) -> (B, K) in [0, 1].
+    """r_t(y), Algorithm 2, line 5: the mean preference of each candidate over the others, itself left out.
+
+    Source: arXiv 2404.03715. prefs (B, K, K), prefs[b, i, j] = P(y_i > y_j). Returns (B, K) in [0, 1].
 
     >>> win_rates(torch.tensor([[[0.5, 0.9, 0.7], [0.1, 0.5, 0.5], [0.3, 0.5, 0.5]]]))
     tensor([[0.8000, 0.3000, 0.4000]])
@@ -247,11 +250,8 @@ def make_pairs(prompts, candidates, args):
         for a, b in itertools.combinations(sorted(candidate, key=lambda y: -y["win_rate"]), 2):
             if args.pairs == "spin" and "teacher" in b:
                 a, b = b, a
-            kind, gap = (
-                " > ".join("teacher" if "teacher" in y else "student" for y in (a, b)),
-                a["win_rate"] - b["win_rate"],
-            )
-            rule = ""
+            kind = " > ".join("teacher" if "teacher" in y else "student" for y in (a, b))
+            gap, rule = a["win_rate"] - b["win_rate"], ""  # the rule that it fails
             if a["ids"] == b["ids"]:
                 rule = "the same"
             elif args.pairs in ("restrictive", "spin") and kind != "teacher > student":
@@ -340,8 +340,7 @@ def main(args):
     one = args.iterations == 1 or not args.responses
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     run, device = run_folder(args, "dno"), pick_device(args)
-    trained = 2  # responses per pair
-    plan = plan_run(args, device, "rmsprop", trained)
+    plan = plan_run(args, device, "rmsprop", 2)  # a row to train on has a prompt and two responses
     if args.dry_run:
         show_plan(plan, args)
     prompts = load_prompts(args.prompts, args.limit, args.seed)
@@ -358,7 +357,8 @@ def main(args):
         use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     if args.dry_run:
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", args.k * (args.k + 1))
+        most = args.k * (args.k + 1)  # responses, if all pairs of K + 1 are trained on
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", most)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
