@@ -14,8 +14,8 @@ win_rates.json.
 Where this file departs from the paper, and why:
  1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
     says. In the paper repetition makes automatic negatives; of cut ones it does not speak.
- 2. Margins are in win rates over the other candidates, as PairRM gives them; the paper's points, 5 or 6 of 6 for a
-    positive and margins of 2 and 1, belong to its GPT-4 judge.
+ 2. Candidates are shown to --judge llm in random order, of which the paper does not speak. Other judges give
+    preferences: margins then are of win rates over the other candidates, --min_win_rate and --win_rate_margin.
  3. The learning rate is 5e-7 for real models; the paper prints 5e-5, a hundred times what full fine-tuning of 7B models
     with DPO runs at elsewhere. The optimiser is sppo.py's RMSprop.
  4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not say of what.
@@ -42,7 +42,10 @@ from transformers.hf_argparser import HfArg
 
 from common import (
     alpaca_outputs,
+    are_sound,
+    as_prefs,
     aside,
+    ask_judge,
     attach,
     check_args,
     cli,
@@ -51,7 +54,6 @@ from common import (
     evaluate,
     given_responses,
     gold_responses,
-    judge_prefs,
     load_judge,
     load_policy,
     load_prompts,
@@ -66,6 +68,7 @@ from common import (
     save_policy,
     score,
     show,
+    show_cost,
     show_hours,
     show_matrix,
     show_plan,
@@ -90,9 +93,18 @@ class Args:
     prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
     responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm', its folder or hub id, or a key of common.JUDGES.")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own.")
     preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
     judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
+    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
+    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
+    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
+    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
+    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
+    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
+    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
+    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
     limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
@@ -104,11 +116,13 @@ class Args:
     eta: float = HfArg(default=2.0, help="Regularisation: log-ratios move by preferences divided by eta.")
     exact_scale: float = HfArg(default=1.0, help="c of --loss exact: targets are sigmoid(c (r1 - r2)).")
     pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
-        default="dno", help="Large margins; those the teacher wins; teacher first, unjudged; or any margin."
+        default="dno", help="Large margins; those that the teacher wins; teacher first, unjudged; or any margin."
     )
-    min_win_rate: float = HfArg(default=0.5, help="A positive's least win rate over the other candidates.")
-    margin: float = HfArg(default=0.3, help="The least difference of win rates if the positive is the teacher's.")
-    student_margin: float = HfArg(default=0.15, help="The same if the positive is the student's.")
+    min_score: float = HfArg(default=5.0, help="--judge llm: a positive's least points, of 6.")
+    margin: float = HfArg(default=2.0, help="... the least margin of points if the positive is the teacher's.")
+    student_margin: float = HfArg(default=1.0, help="... the same if the positive is the student's.")
+    min_win_rate: float = HfArg(default=0.5, help="Other judges: a positive's least win rate over the others.")
+    win_rate_margin: float = HfArg(default=0.3, help="... the least margin; half of it if y+ is the student's.")
     replay: float = HfArg(
         default=0.3, help="Share of pairs from the iteration before, half of it from that before, ..."
     )
@@ -175,6 +189,8 @@ COLUMNS = {  # of the line per iterate and of the closing table
     "student_student": "s>s",
     "replayed": "replayed",
     "tokens_per_second": "tokens/s",
+    "judge_failures": "judge failures",
+    "judge_dollars": "dollars",
     "seconds": "seconds",
 }
 
@@ -237,31 +253,54 @@ def win_rates(prefs):
 # Roll-out and pairs --------------------------------------------------------------------------------------------------
 
 
+def rank(prompts, candidates, device, args):
+    """Algorithm 2, line 5: give each candidate its "win_rate" over the others and, by a judge of points, its "points".
+
+    A response that the length limit cut, or that repeats itself, gets no points. With --pairs spin nothing is judged.
+    """
+    for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
+        some = [b for b, row in enumerate(candidates) if len(row) == n]
+        rows = [candidates[b] for b in some]
+        flat = [y for row in rows for y in row]
+        if args.pairs == "spin":
+            attach("win_rate", flat, torch.tensor([float("teacher" in y) for y in flat]))
+            continue
+        opinion = ask_judge(load_judge(args, device), [prompts[b] for b in some], rows)  # prefs, or points (B, n)
+        attach("win_rate", flat, win_rates(as_prefs(opinion, rows)).flatten())
+        if opinion.dim() == 2:
+            attach("points", flat, opinion.where(are_sound(rows) | opinion.isnan(), 0.0).flatten())
+
+
 def make_pairs(prompts, candidates, args):
     """Algorithm 2, line 6: rows {"prompt", "prompt_ids", "responses": [y+, y-], "kind"} and {rule: how many failed it}.
 
-    candidates: per prompt its responses with "win_rate", the teacher's with "teacher". A pair of a large margin: y+ has
-    min_win_rate, and y- less than y+ by margin, or by student_margin if y+ is the student's. --pairs restrictive wants
-    the teacher to win as well, all wants no margin, spin makes the teacher win whatever the judge says. --loss exact
-    wants no margin either: its targets say by how much y+ is better, if at all.
+    candidates: per prompt its responses as rank leaves them, the teacher's with "teacher". A pair of a large margin: y+
+    has min_score points, and y- less than y+ by margin, or by student_margin if y+ is the student's; without points it
+    is min_win_rate and win_rate_margin, or half of this. --pairs restrictive wants the teacher to win as well, spin
+    nothing else, all wants no margin. --loss exact wants no margin either: its targets say by how much y+ is better.
     """
-    rows, failed = [], collections.Counter()
+    rows, failed, unit = [], collections.Counter(), "win_rate"
+    least = ("--min_win_rate", args.min_win_rate)  # of y+
+    margins = ("--win_rate_margin", args.win_rate_margin), ("half of --win_rate_margin", args.win_rate_margin / 2)
+    if "points" in candidates[0][0]:
+        unit, least = "points", ("--min_score", args.min_score)
+        margins = ("--margin", args.margin), ("--student_margin", args.student_margin)
     for prompt, candidate in zip(prompts, candidates, strict=True):
-        for a, b in itertools.combinations(sorted(candidate, key=lambda y: -y["win_rate"]), 2):
-            if args.pairs == "spin" and "teacher" in b:
-                a, b = b, a
+        if any(y[unit] is None for y in candidate):
+            failed["want of a judgement"] += math.comb(len(candidate), 2)
+            continue
+        for a, b in itertools.combinations(sorted(candidate, key=lambda y: -y[unit]), 2):
             kind = " > ".join("teacher" if "teacher" in y else "student" for y in (a, b))
-            gap, rule = a["win_rate"] - b["win_rate"], ""  # the rule that it fails
+            gap, rule = a[unit] - b[unit], ""  # the rule that it fails
             if a["ids"] == b["ids"]:
                 rule = "the same"
             elif args.pairs in ("restrictive", "spin") and kind != "teacher > student":
                 rule = f"--pairs {args.pairs}"
-            elif args.loss == "contrastive" and args.pairs != "spin" and gap <= 0:
+            elif args.loss == "contrastive" and gap <= 0:
                 rule = "a tie"
             elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive"):
-                least = "--margin" if "teacher" in a else "--student_margin"
-                rule = least if gap < getattr(args, least[2:]) else rule
-                rule = "--min_win_rate" if a["win_rate"] < args.min_win_rate else rule
+                flag, margin = margins["teacher" not in a]  # the teacher's, the student's
+                rule = least[0] if a[unit] < least[1] else flag if gap < margin else ""
             failed[rule] += 1
             if not rule:
                 rows.append({**prompt, "responses": [a, b], "kind": kind})
@@ -356,9 +395,11 @@ def main(args):
     if plan["checkpointing"]:
         use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
+    ranked = args.k + bool(args.gold) if args.pairs != "spin" else 0  # responses per prompt
+    show_cost(parts[0], held_out, asked, args, ranked)
     if args.dry_run:
         most = args.k * (args.k + 1)  # responses, if all pairs of K + 1 are trained on
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", most)
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", most, ranked)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
@@ -377,22 +418,19 @@ def main(args):
         sampling_seconds = time.perf_counter() - start
         rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
         write_jsonl(folder / "responses.jsonl", rows)
-        # Alg. 2, line 5: rank all K + 1 by the win rate over the others
+        # Alg. 2, line 5: rank all K + 1
         candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
-        for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
-            some = [b for b, row in enumerate(candidates) if len(row) == n]
-            judge, rows = load_judge(args, device), [candidates[b] for b in some]
-            prefs = judge_prefs(judge, [prompts[b] for b in some], rows)  # (B, n, n)
-            attach("win_rate", [y for row in rows for y in row], win_rates(prefs).flatten())
-            del judge
-        write_jsonl(folder / "preferences.jsonl", [{"win_rate": [y["win_rate"] for y in row]} for row in candidates])
+        rank(prompts, candidates, device, args)
+        names = [name for name in ("win_rate", "points") if name in candidates[0][0]]
+        rows = [{name: [y[name] for y in row] for name in names} for row in candidates]
+        write_jsonl(folder / "preferences.jsonl", rows)
         # Alg. 2, line 6: pairs of a large margin; then some of earlier iterations, all with the log-probs of pi_t
         new, failed = make_pairs(prompts, candidates, args)
         pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
         if not pairs:
             why = ", ".join(f"{n} by {rule}" for rule, n in failed.items())
             nothing = f"iteration {iteration}: no pair; ruled out are {why or 'none'}"
-            require(iteration > 1, f"{nothing}; see {folder}, and try a lower --margin or --min_win_rate")
+            require(iteration > 1, f"{nothing}; see {folder}, and try lower margins")
             print(nothing)
             break
         rows = list({id(y): (pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]}.values())  # once each

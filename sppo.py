@@ -67,6 +67,7 @@ from common import (
     save_policy,
     score,
     show,
+    show_cost,
     show_hours,
     show_matrix,
     show_plan,
@@ -90,9 +91,18 @@ class Args:
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm', its folder or hub id, or a key of common.JUDGES.")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own.")
     preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
     judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
+    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
+    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
+    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
+    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
+    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
+    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
+    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
+    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
     limit: int = HfArg(default=0, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
@@ -158,6 +168,8 @@ COLUMNS = {  # of the line per iterate and of the closing table
     "rejected_log_ratio": "log-ratio rejected",
     "pairs": "pairs",
     "tokens_per_second": "tokens/s",
+    "judge_failures": "judge failures",
+    "judge_dollars": "dollars",
     "seconds": "seconds",
 }
 
@@ -302,8 +314,9 @@ def main(args):
     if plan["checkpointing"]:
         use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
+    show_cost(parts[0], held_out, asked, args, args.k)
     if args.dry_run:
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", trained)
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", trained, args.k)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")

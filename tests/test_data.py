@@ -391,10 +391,12 @@ def test_judging_many_prompts_goes_in_order():
         (torch.tensor([[[0.5, float("nan")], [0.1, 0.5]]]), "NaN, first for prompt 65, '1'"),
         (torch.tensor([[[0.5, 0.9], [0.9, 0.5]]]), "no probabilities"),
         (torch.tensor([[[0.5, 1.5], [-0.5, 0.5]]]), "no probabilities"),
-        (None, r"wanted prefs \(1, 2, 2\), got NoneType"),
+        (None, r"wanted prefs \(1, 2, 2\) or points \(1, 2\), got NoneType"),
         ("prefs", "got str"),
-        (torch.full((1, 2, 3), 0.5), r"wanted prefs \(1, 2, 2\), got \(1, 2, 3\)"),
+        (torch.full((1, 2, 3), 0.5), r"wanted prefs \(1, 2, 2\) or points \(1, 2\), got \(1, 2, 3\)"),
         (torch.full((64, 2, 2), 0.5), r"wanted prefs \(1, 2, 2\)"),
+        (torch.tensor([[1.0, float("nan")]]), "neither numbers nor all NaN, first for prompt 65, '1'"),
+        (torch.tensor([[1.0, float("inf")]]), "neither numbers nor all NaN"),
     ],
 )
 def test_a_judge_that_returns_no_preferences_is_refused(answer, message):

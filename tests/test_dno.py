@@ -152,7 +152,7 @@ def pairs_of(row, **settings):
     return {(row["responses"][0]["ids"][0], row["responses"][1]["ids"][0]): row["kind"] for row in rows}, failed
 
 
-RULES = {"min_win_rate": 0.5, "margin": 0.3, "student_margin": 0.15}
+RULES = {"min_win_rate": 0.5, "win_rate_margin": 0.3}
 
 
 def test_large_margin_pairs_on_a_literal_table():
@@ -163,7 +163,7 @@ def test_large_margin_pairs_on_a_literal_table():
         (1, 2): "student > student",
         (99, 2): "teacher > student",  # by 0.35
     }
-    assert failed == {"--student_margin": 1, "--margin": 1}  # 0 over gold by 0.05; gold over 1 by 0.15
+    assert failed == {"half of --win_rate_margin": 1, "--win_rate_margin": 1}  # 0 over gold by 0.05; gold over 1, 0.15
     pairs, _ = pairs_of(candidates(0.9, 0.1, gold=0.5), **RULES)
     assert pairs == {(0, 99): "student > teacher", (0, 1): "student > student", (99, 1): "teacher > student"}
 
@@ -176,9 +176,49 @@ def test_a_positive_must_be_good_itself():
 def test_restrictive_spin_and_all():
     row = candidates(0.9, 0.1, gold=0.5)
     assert pairs_of(row, **RULES, pairs="restrictive")[0] == {(99, 1): "teacher > student"}
+    dno.rank([{}], row, "cpu", Args(pairs="spin", judge="nobody"))  # nobody is asked
     assert pairs_of(row, **RULES, pairs="spin")[0] == {(99, 0): "teacher > student", (99, 1): "teacher > student"}
     assert set(pairs_of(candidates(0.3, 0.2, 0.2), **RULES, pairs="all")[0]) == {(0, 1), (0, 2)}
     assert pairs_of(candidates(0.3, 0.2, 0.2), pairs="all")[1] == {"a tie": 1}
+
+
+def with_points(points, gold=None):
+    rows = candidates(*[0.5] * len(points), gold=gold and 0.5)
+    for y, value in zip(rows[0], [*points, gold], strict=False):
+        y["points"] = value
+    return rows
+
+
+def test_pairs_by_points_are_the_papers():
+    pairs, failed = pairs_of(with_points([6, 5, 4, 3], gold=6))
+    assert pairs == {
+        (0, 1): "student > student",  # 5 or 6, and 1 better
+        (0, 2): "student > student",
+        (0, 3): "student > student",
+        (1, 2): "student > student",
+        (1, 3): "student > student",
+        (99, 2): "teacher > student",  # 2 better
+        (99, 3): "teacher > student",
+    }
+    # 4 is no positive over 3; the teacher is better than 1 by one point only; 6 and 6
+    assert failed == {"--min_score": 1, "--margin": 1, "a tie": 1}
+    pairs, failed = pairs_of(with_points([6, 5], gold=4), student_margin=2.0)
+    assert pairs == {(0, 99): "student > teacher"} and failed == {"--student_margin": 2}
+    assert pairs_of(with_points([4, 1, 0], gold=4)) == ({}, {"--min_score": 5, "a tie": 1})
+
+
+def test_a_prompt_that_was_not_judged_makes_no_pair():
+    row = with_points([6, 1]) + with_points([None, None, None])
+    rows, failed = make_pairs([{"prompt_ids": [1]}, {"prompt_ids": [2]}], row, Args())
+    assert [pair["prompt_ids"] for pair in rows] == [[1]] and failed == {"want of a judgement": 3}
+
+
+def test_defective_responses_get_no_points(monkeypatch):
+    row = [{"ids": [i], "text": str(i), "finished": i != 1, "repeats": i == 2} for i in range(4)]
+    monkeypatch.setitem(common.JUDGES, "points", lambda: lambda prompts, texts: torch.tensor([[3.0, 6.0, 6.0, 6.0]]))
+    dno.rank([{"prompt": [{"role": "user", "content": "?"}]}], [row], "cpu", Args(judge="points"))
+    assert [y["points"] for y in row] == [3, 0, 0, 6]
+    assert [y["win_rate"] for y in row] == pytest.approx([2 / 3, 1 / 6, 1 / 6, 1])
 
 
 def test_the_exact_loss_takes_every_pair_of_different_responses():
@@ -337,7 +377,7 @@ def test_gold_of_ultrafeedback_is_gpt_4s(tmp_path):
     [
         (["--eta", "0"], "--eta 0.0: must be between"),
         (["--replay", "1"], "--replay 1.0: must be in [0, 1)"),
-        (["--margin", "nan"], "--margin nan: must be in [0, 1]"),
+        (["--margin", "nan"], "--margin nan: must be in [0, 6]"),
         (["--sft_alpha", "-1"], "--sft_alpha -1.0"),
         (["--gold", "none.jsonl"], "--gold none.jsonl: no such file"),
         (["--gold", "bad.jsonl"], "--gold bad.jsonl, line 1: no gold; keys found: prompt"),
@@ -356,7 +396,7 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, capsys, flags, words):
 
 def test_margins_that_nothing_passes_are_named(workdir):
     with pytest.raises(common.InputError, match=r"iteration 1: no pair; ruled out are \d+ by "):
-        dno.main(Args(name="x", margin=1.0, student_margin=1.0, **FEW))
+        dno.main(Args(name="x", win_rate_margin=1.0, min_win_rate=1.0, **FEW))
 
 
 def test_recipes_name_arguments_that_exist():
