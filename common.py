@@ -47,7 +47,6 @@ import transformers
 from huggingface_hub import InferenceClient, get_session, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     InferenceTimeoutError,
     LocalEntryNotFoundError,
@@ -1941,8 +1940,8 @@ class LLMJudge:
     hash of model and question (rubric, prompt, responses, order), and never asked for again.
 
     price: dollars per million tokens, in and out. It stops before `max_cost` dollars (0: no limit) could be passed by
-    what is under way, at a token per byte and max_tokens for each reply; and when more than max_failures of 200 are
-    failures among the last 200 judgements. The key is OPENAI_API_KEY. Raises InputError when it stops.
+    what is under way, at a token per byte and max_tokens for each reply, and when more than max_failures * 200 of the
+    last 200 judgements failed. The key is OPENAI_API_KEY. Raises InputError when it stops.
     """
 
     def __init__(
@@ -1963,10 +1962,10 @@ class LLMJudge:
         require(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY: no key, for it has odd characters")
         # Without a key the client would send the hub's token, if one is stored, to whatever server this is.
         self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout)
-        self.model, self.seed, self.cache, self.concurrency = model, seed, Path(cache), concurrency
+        self.model, self.url, self.seed, self.cache = model, url, seed, Path(cache)
         self.settings, self.max_tokens = {"max_tokens": max_tokens, "temperature": 0}, max_tokens
         self.price, self.max_cost, self.max_failures = price, max_cost, max_failures
-        self.batch = 16 * concurrency  # prompts per call that keep it busy
+        self.concurrency, self.batch = concurrency, 16 * concurrency  # prompts per call that keep it busy
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.replies, self.failures, self.dollars, self.reserved = 0, 0, 0.0, 0.0
         self.recent, self.why = collections.deque(maxlen=RECENT), ""  # which of the last failed, and the last reason
@@ -2017,7 +2016,7 @@ class LLMJudge:
         with self.lock:
             self.failures += not points
             self.recent.append(not points)
-            self.why = self.why if points else why
+            self.why = self.why if points else f"{self.url}: {why}"
             many = f"{sum(self.recent)} of the last {len(self.recent)} judgements failed; the last: {self.why}"
             kept = f"(--max_judge_failures {self.max_failures}; the others are kept in {self.cache})"
             require(sum(self.recent) <= self.max_failures * RECENT, f"--judge llm: {many} {kept}")
@@ -2052,24 +2051,28 @@ class LLMJudge:
             messages = [{"role": "user", "content": question}]
             answer = self.client.chat_completion(messages, model=self.model, extra_body=sent)
             used = [getattr(answer.usage, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
-            known = all(isinstance(n, int) for n in used)
-            return answer.choices[0].message.content, "", self._cost(*used) if known else worst, None
-        except InferenceTimeoutError:
-            return None, f"no reply within {self.client.timeout:g} seconds; see --judge_timeout", worst, again
-        except HfHubHTTPError as error:
-            status, said = error.response.status_code, error.server_message or str(error)
-            why = f"{REFUSALS.get(status, f'status {status}')}: {self._hide(said)}"
-            if status in (408, 425, 429) or status >= 500:
-                return None, why, 0.0, retry_after(error.response.headers.get("Retry-After"))
-            newer = {name: value for name, value in sent.items() if name != "temperature" or name not in said}
-            if "max_completion_tokens" in said and "max_tokens" in sent:
-                newer["max_completion_tokens"] = newer.pop("max_tokens")
-            self.settings = newer  # some models know other settings
-            return None, why, 0.0, None if newer == sent else 0.0
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return None, "what comes back is no chat completion", worst, None
-        except Exception as error:  # the transport's own
-            return None, f"it cannot be reached: {self._hide(str(error))}", 0.0, again
+            cost = self._cost(*used) if all(isinstance(n, int) for n in used) else worst
+            return answer.choices[0].message.content, "", cost, None
+        except Exception as error:
+            # The client fails on some error replies itself, while it handles the one that has the response.
+            response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
+            if isinstance(error, InferenceTimeoutError):
+                return None, f"no reply within {self.client.timeout:g} seconds; see --judge_timeout", worst, again
+            if response is None and isinstance(error, ValueError | TypeError | LookupError | AttributeError):
+                return None, "what comes back is no chat completion", worst, None
+            if response is None:
+                return None, f"it cannot be reached: {self._hide(str(error))}", 0.0, again
+        status, said = response.status_code, response.text or response.reason_phrase
+        why = f"{REFUSALS.get(status, f'status {status}')}: {self._hide(said)}"
+        if status in (408, 425, 429) or status >= 500:
+            return None, why, 0.0, retry_after(response.headers.get("Retry-After"))
+        other = dict(sent)  # some models know other settings
+        if status == 400 and "max_completion_tokens" in said and "max_tokens" in sent:
+            other["max_completion_tokens"] = other.pop("max_tokens")
+        if status == 400 and "'temperature'" in said:
+            other.pop("temperature", None)
+        self.settings = other
+        return None, why, 0.0, None if other == sent else 0.0
 
     def _cost(self, tokens, new_tokens):
         return (tokens * self.price[0] + new_tokens * self.price[1]) / 1e6
@@ -2134,7 +2137,7 @@ def try_judge(judge, args):
         print("--judge digits prefers the digits of a prompt, sorted: for other prompts it only shows that all runs")
     answers = [{"text": text, "finished": True, "repeats": False} for text in ("Hello!", "Good day.")]
     opinion = ask_judge(judge, [{"prompt": [{"role": "user", "content": "Hi!"}]}], [answers])
-    require(not opinion.isnan().any(), f"--judge {args.judge}: {getattr(judge, 'why', 'it has no opinion')}")
+    require(not opinion.isnan().any(), f"--judge {args.judge}: {getattr(judge, 'why', 'no points for a trial')}")
 
 
 def repeated_share(ids, n):
