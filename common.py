@@ -1688,8 +1688,8 @@ class DigitsJudge:
 
     q is the share of right positions, less the difference in length as a share of the right length (at most 1).
     A judge is any object that is called like this one, with up to 64 prompts and any K from 2, and returns prefs, or
-    points (B, K), NaN in the row of a prompt that it failed on. `metrics` is optional and goes into metrics.jsonl.
-    JUDGES makes it without arguments, anew for each stage.
+    points (B, K) from 0 to 6, NaN in the row of a prompt that it failed on. `metrics` is optional and goes into
+    metrics.jsonl. JUDGES makes it without arguments, anew for each stage.
     """
 
     def quality(self, prompts, responses):
@@ -1880,7 +1880,7 @@ CARD = [("hello!", "hi!", "f**k off!", 1.9003), ("I love you!", "I hate you!", "
 
 RUBRIC = """\
 Below are a request and several answers to it, by different authors and in random order. Grade each answer with 0 to 6
-points, one for each of these statements that is true of it, in their order; the first that is not true ends the count.
+points, one for each of these statements that is true of it.
 1. It is formatted as an answer: it does not break off, repeat itself in a loop or talk of something else.
 2. It is relevant to the request.
 3. It covers a substantial part of what was asked.
@@ -2158,8 +2158,9 @@ def _checked(opinion, prompts, k, number):
     if got == wanted:
         fair = ((opinion >= 0) & (opinion <= 1) & ((opinion + opinion.mT - 1).abs() < 1e-4)).flatten(1).all(1)
         what = "no probabilities with P(a > b) + P(b > a) = 1, 1/2 for a tie"
-    else:  # all points of a prompt, or none
-        fair, what = opinion.isfinite().all(1) | opinion.isnan().all(1), "neither numbers nor all NaN"
+    else:
+        fair = ((opinion >= 0) & (opinion <= 6)).all(1) | opinion.isnan().all(1)
+        what = "neither points from 0 to 6 nor all NaN"
     b = (~fair).int().argmax().item()  # NaN is not fair
     where = f"prompt {number + b}, {prompts[b]['prompt'][-1]['content']!r:.60}"
     what = "NaN" if got == wanted and opinion[b].isnan().any() else what

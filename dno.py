@@ -1,9 +1,10 @@
-"""DNO, Direct Nash Optimization: contrastive learning on the pairs that the policy's own samples and a teacher's make.
+"""DNO, Direct Nash Optimization: contrastive learning on pairs of the policy's own samples and a teacher's answers.
 
 Rosset et al. 2024, arXiv 2404.03715. Algorithm 2 (DNO-Prct), the default: in each iteration the policy pi_t answers
 every prompt K times, a judge ranks these answers and a teacher's, and DPO's loss with pi_t as reference is minimised on
-the pairs of a large margin. Algorithm 1's loss (eq. 8 and 12), --loss exact: cross-entropy with the soft target
-sigmoid(r_t(y1) - r_t(y2)), minimised by pi_{t+1}(y) ~ pi_t(y) exp(r_t(y) / eta), eq. 9.
+the pairs with a large margin. --loss exact puts Algorithm 1's loss in its place: cross-entropy with the soft target
+sigmoid(r_t(y1) - r_t(y2)) (eq. 8; eq. 12 is the same), least where pi_{t+1} is proportional to pi_t exp(r_t / eta),
+eq. 9.
 
     python dno.py                       the built-in task, a minute on two CPU cores (README.md)
     python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    all of it your own
@@ -11,18 +12,22 @@ sigmoid(r_t(y1) - r_t(y2)), minimised by pi_{t+1}(y) ~ pi_t(y) exp(r_t(y) / eta)
 It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final/, outputs.json and
 win_rates.json.
 
-Where this file departs from the paper, and why:
+Where this file departs from the paper, or fills what it leaves open:
  1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
-    says. In the paper repetition makes automatic negatives; of cut ones it does not speak.
- 2. Candidates are shown to --judge llm in random order, of which the paper does not speak. Other judges give
-    preferences: margins then are of win rates over the other candidates, --min_win_rate and --win_rate_margin.
- 3. The learning rate is 5e-7 for real models; the paper prints 5e-5, a hundred times what full fine-tuning of 7B models
-    with DPO runs at elsewhere. The optimiser is sppo.py's RMSprop.
- 4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not say of what.
- 5. Replay: the 30 % of iteration t - 1, 15 % of t - 2, ... are shares of all pairs that iteration t trains on.
- 6. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+    says. In the paper repetition makes automatic negatives; it does not mention cut responses.
+ 2. Candidates are shown to --judge llm in random order; the paper does not say in which. Other judges give preferences:
+    margins are then differences of win rates, --min_win_rate and --win_rate_margin.
+ 3. The learning rate is 5e-7 for real models. The paper prints 5e-5, a hundred times the usual rate of full DPO
+    fine-tuning at 7B. The optimiser is sppo.py's RMSprop.
+ 4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not define it.
+ 5. Replay: the 30 % of iteration t - 1, 15 % of t - 2, ... are shares of all pairs that iteration t trains on. Their
+    reference is pi_t; their preferences stay those of their own iteration.
+ 6. r_t(y), by eq. 9 the mean preference over pi_t's answers, is that over the other candidates, the teacher's included.
+    --loss exact also keeps the teacher, replay and the best iterate where Algorithm 1 has none, none and the mixture of
+    all iterates: --gold '' --replay 0 comes closest to it.
+ 7. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
-eta here divides the preference (DPO calls it beta); SPPO's eta multiplies it.
+eta multiplies the log-ratio here (DPO's beta), so at the optimum it divides the preference; SPPO's eta is its inverse.
 """
 
 import collections
@@ -113,20 +118,18 @@ class Args:
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
     k: int = HfArg(default=5, help="Responses sampled per prompt.")
     loss: Literal["contrastive", "exact"] = HfArg(default="contrastive", help="Algorithm 2's loss, or Algorithm 1's.")
-    eta: float = HfArg(default=2.0, help="Regularisation: log-ratios move by preferences divided by eta.")
-    exact_scale: float = HfArg(default=1.0, help="c of --loss exact: targets are sigmoid(c (r1 - r2)).")
+    eta: float = HfArg(default=2.0, help="DPO's beta: the higher, the closer to pi_t.")
+    exact_scale: float = HfArg(default=1.0, help="c of --loss exact, of targets sigmoid(c (r1 - r2)).")
     pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
         default="dno", help="Large margins; those that the teacher wins; teacher first, unjudged; or any margin."
     )
-    min_score: float = HfArg(default=5.0, help="--judge llm: a positive's least points, of 6.")
-    margin: float = HfArg(default=2.0, help="... the least margin of points if the positive is the teacher's.")
-    student_margin: float = HfArg(default=1.0, help="... the same if the positive is the student's.")
-    min_win_rate: float = HfArg(default=0.5, help="Other judges: a positive's least win rate over the others.")
-    win_rate_margin: float = HfArg(default=0.3, help="... the least margin; half of it if y+ is the student's.")
-    replay: float = HfArg(
-        default=0.3, help="Share of pairs from the iteration before, half of it from that before, ..."
-    )
-    sft_alpha: float = HfArg(default=0.1, help="Weight of -log pi(y+|x), added to the loss.")
+    min_score: float = HfArg(default=5.0, help="Judges of points: y+ has so many of 6,")
+    margin: float = HfArg(default=2.0, help="and so many more than y- if y+ is the teacher's,")
+    student_margin: float = HfArg(default=1.0, help="so many if it is the student's.")
+    min_win_rate: float = HfArg(default=0.5, help="Other judges: y+ has at least this win rate,")
+    win_rate_margin: float = HfArg(default=0.3, help="and so much more than y-, or half of it if y+ is the student's.")
+    replay: float = HfArg(default=0.3, help="Most of all pairs from iteration t-1; half as many from t-2, and so on.")
+    sft_alpha: float = HfArg(default=1.0, help="Weight of -log pi(y+|x), added to the contrastive loss.")
     # sampling
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
@@ -154,7 +157,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
 
-PAPER = {  # arXiv 2404.03715, section 5; K, 3 iterations, one epoch and the batch are the defaults; rate: 3. above
+# arXiv 2404.03715, section 5, where the judge is GPT-4-Turbo (--judge llm) and the start Orca-2.5. K, 3 iterations, one
+# epoch and the batch are the defaults; learning rate: departure 3; it falls later there, by how much is not said.
+PAPER = {
     "prompts": "openbmb/UltraFeedback",
     "gold": "openbmb/UltraFeedback",
     "judge": "pairrm",
@@ -198,16 +203,6 @@ COLUMNS = {  # of the line per iterate and of the closing table
 # The maths -----------------------------------------------------------------------------------------------------------
 
 
-def _log_ratio_difference(logps, ref_logps, other_logps, other_ref_logps, eta):
-    """eta (h(y) - h(y')), h = log pi - log pi_t; all (B,), nats."""
-    if eta <= 0:
-        raise ValueError(f"eta must be positive, got {eta}")
-    shapes = [tuple(x.shape) for x in (logps, ref_logps, other_logps, other_ref_logps)]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"shapes differ: {shapes}")
-    return eta * ((logps - ref_logps) - (other_logps - other_ref_logps))
-
-
 def dno_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, eta):
     """The contrastive loss -log sigmoid(eta h(y+) - eta h(y-)) of Algorithm 2, line 7 of arXiv 2404.03715.
 
@@ -219,28 +214,33 @@ def dno_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     >>> dno_loss(-2 * one, -3 * one, -3 * one, -2 * one, eta=0.5)  # eta (1 - (-1)) = 1: log(1 + e^-1)
     tensor([0.3133])
     """
-    margin = _log_ratio_difference(chosen_logps, ref_chosen_logps, rejected_logps, ref_rejected_logps, eta)
-    return -logsigmoid(margin)  # Alg. 2, line 7
+    if eta <= 0:
+        raise ValueError(f"eta must be positive, got {eta}")
+    shapes = [tuple(x.shape) for x in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+    chosen, rejected = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps  # h(y+), h(y-)
+    return -logsigmoid(eta * chosen - eta * rejected)  # Alg. 2, line 7
 
 
 def dno_exact_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, r_1, r_2, eta):
-    """Cross-entropy of sigmoid(eta h(y1) - eta h(y2)) with the target sigmoid(r(y1) - r(y2)), eq. 8 and 12.
+    """Cross-entropy of sigmoid(eta h(y1) - eta h(y2)) with the target sigmoid(r_t(y1) - r_t(y2)), eq. 8.
 
     Source: arXiv 2404.03715. logps_1, logps_2, ref_logps_1, ref_logps_2 (B,): as in dno_loss, in either order.
-    r_1, r_2 (B,): r_t(y) = E P(y > pi_t), a preference in [0, 1], or a multiple of it. eta > 0. Returns (B,), nats;
-    least where h(y1) - h(y2) = (r_1 - r_2) / eta, eq. 9. Raises ValueError as dno_loss.
+    r_1, r_2 (B,): r_t(y1) and r_t(y2), mean preferences in [0, 1], or c times these. eta > 0. Returns (B,), nats; least
+    where h(y1) - h(y2) = (r_1 - r_2) / eta, eq. 9. Raises ValueError as dno_loss.
 
     >>> one = torch.ones(1)
-    >>> dno_exact_loss(-2 * one, -3 * one, -2 * one, -3 * one, 0.7 * one, 0.7 * one, eta=0.1)
-    tensor([0.6931])
+    >>> dno_exact_loss(-2 * one, -3 * one, -3 * one, -2 * one, math.log(3) * one, 0 * one, eta=0.5)
+    tensor([0.5633])
     """
-    margin = _log_ratio_difference(logps_1, ref_logps_1, logps_2, ref_logps_2, eta)
-    target = torch.sigmoid(r_1 - r_2)
-    return -(target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin))  # eq. 8; sigmoid(r2 - r1) = 1 - target
+    first = dno_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, eta)  # as if y1 had won
+    second = dno_loss(logps_2, logps_1, ref_logps_2, ref_logps_1, eta)
+    return torch.sigmoid(r_1 - r_2) * first + torch.sigmoid(r_2 - r_1) * second  # eq. 8
 
 
 def win_rates(prefs):
-    """r_t(y), Algorithm 2, line 5: the mean preference of each candidate over the others, itself left out.
+    """r_t(y) as Algorithm 2, line 5, ranks by it: the mean preference over the other candidates, y itself left out.
 
     Source: arXiv 2404.03715. prefs (B, K, K), prefs[b, i, j] = P(y_i > y_j). Returns (B, K) in [0, 1].
 
@@ -256,16 +256,19 @@ def win_rates(prefs):
 def rank(prompts, candidates, device, args):
     """Algorithm 2, line 5: give each candidate its "win_rate" over the others and, by a judge of points, its "points".
 
-    A response that the length limit cut, or that repeats itself, gets no points. With --pairs spin nothing is judged.
+    A response that the length limit cut, or that repeats itself, gets no points. With --pairs spin the teacher wins,
+    if it is sound, and nobody is asked.
     """
+    if args.pairs == "spin":
+        for y in itertools.chain(*candidates):
+            y["win_rate"] = float("teacher" in y and y["finished"] and not y["repeats"])
+        return
+    judge = load_judge(args, device)
     for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
         some = [b for b, row in enumerate(candidates) if len(row) == n]
         rows = [candidates[b] for b in some]
         flat = [y for row in rows for y in row]
-        if args.pairs == "spin":
-            attach("win_rate", flat, torch.tensor([float("teacher" in y) for y in flat]))
-            continue
-        opinion = ask_judge(load_judge(args, device), [prompts[b] for b in some], rows)  # prefs, or points (B, n)
+        opinion = ask_judge(judge, [prompts[b] for b in some], rows)  # prefs (B, n, n), or points (B, n)
         attach("win_rate", flat, win_rates(as_prefs(opinion, rows)).flatten())
         if opinion.dim() == 2:
             attach("points", flat, opinion.where(are_sound(rows) | opinion.isnan(), 0.0).flatten())
@@ -274,33 +277,37 @@ def rank(prompts, candidates, device, args):
 def make_pairs(prompts, candidates, args):
     """Algorithm 2, line 6: rows {"prompt", "prompt_ids", "responses": [y+, y-], "kind"} and {rule: how many failed it}.
 
-    candidates: per prompt its responses as rank leaves them, the teacher's with "teacher". A pair of a large margin: y+
-    has min_score points, and y- less than y+ by margin, or by student_margin if y+ is the student's; without points it
-    is min_win_rate and win_rate_margin, or half of this. --pairs restrictive wants the teacher to win as well, spin
-    nothing else, all wants no margin. --loss exact wants no margin either: its targets say by how much y+ is better.
+    candidates: per prompt its responses as rank leaves them, the teacher's with "teacher". The contrastive loss wants
+    y+ better and, with --pairs dno, y+ of at least min_score points and y- less by margin, or by student_margin if y+
+    is the student's; where there are no points, min_win_rate and win_rate_margin, or half of it. --pairs restrictive
+    wants the teacher to win as well; spin only that; all no margin. The exact loss takes any two different responses,
+    as its targets say by how much which is better.
     """
     rows, failed, unit = [], collections.Counter(), "win_rate"
-    least = ("--min_win_rate", args.min_win_rate)  # of y+
-    margins = ("--win_rate_margin", args.win_rate_margin), ("half of --win_rate_margin", args.win_rate_margin / 2)
+    least = ("below --min_win_rate", args.min_win_rate)  # of y+
+    margins = ("within --win_rate_margin", args.win_rate_margin), ("within half of it", args.win_rate_margin / 2)
     if "points" in candidates[0][0]:
-        unit, least = "points", ("--min_score", args.min_score)
-        margins = ("--margin", args.margin), ("--student_margin", args.student_margin)
+        unit, least = "points", ("below --min_score", args.min_score)
+        margins = ("within --margin", args.margin), ("within --student_margin", args.student_margin)
     for prompt, candidate in zip(prompts, candidates, strict=True):
         if any(y[unit] is None for y in candidate):
-            failed["want of a judgement"] += math.comb(len(candidate), 2)
+            failed["not judged"] += math.comb(len(candidate), 2)
             continue
-        for a, b in itertools.combinations(sorted(candidate, key=lambda y: -y[unit]), 2):
-            kind = " > ".join("teacher" if "teacher" in y else "student" for y in (a, b))
+        ranking = sorted(candidate, key=lambda y: (-y[unit], "teacher" not in y))
+        for a, b in itertools.combinations(ranking, 2):
+            kind = "_".join("teacher" if "teacher" in y else "student" for y in (a, b))
             gap, rule = a[unit] - b[unit], ""  # the rule that it fails
+            words, margin = margins[0] if "teacher" in a else margins[1]
             if a["ids"] == b["ids"]:
-                rule = "the same"
-            elif args.pairs in ("restrictive", "spin") and kind != "teacher > student":
-                rule = f"--pairs {args.pairs}"
+                rule = "identical"
+            elif args.pairs in ("restrictive", "spin") and kind != "teacher_student":
+                rule = "not won by the teacher"
             elif args.loss == "contrastive" and gap <= 0:
-                rule = "a tie"
-            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive"):
-                flag, margin = margins["teacher" not in a]  # the teacher's, the student's
-                rule = least[0] if a[unit] < least[1] else flag if gap < margin else ""
+                rule = "tied"
+            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive") and a[unit] < least[1]:
+                rule = least[0]
+            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive") and gap < margin:
+                rule = words
             failed[rule] += 1
             if not rule:
                 rows.append({**prompt, "responses": [a, b], "kind": kind})
@@ -309,16 +316,15 @@ def make_pairs(prompts, candidates, args):
 
 
 def with_replay(pairs, earlier, share, rng):
-    """`pairs` and random rows of the lists in `earlier`, the last of which makes at most `share` of all, and so on.
+    """`pairs` and some of earlier iterations: of the last one at most `share` of all pairs, replayed ones included.
 
-    That is share / 2 for the one before it, share / 4, ...; all are the new pairs and the replayed ones.
+    Of the one before it share / 2, then share / 4, ... earlier: a list of pairs per iteration; drawn by rng.
     """
-    shares = [share / 2**i for i in range(len(earlier))][::-1]
-    sizes, total = None, [0] * len(earlier)
-    while sizes != total:  # each share is of all pairs, the replayed ones included
-        sizes = total
-        n = len(pairs) + sum(sizes)
-        total = [min(len(rows), int(s * n)) for s, rows in zip(shares, earlier, strict=True)]
+    shares = [share / 2**i for i in reversed(range(len(earlier)))]
+    before, sizes = None, [0] * len(earlier)
+    while sizes != before:
+        before, n = sizes, len(pairs) + sum(sizes)
+        sizes = [min(len(rows), int(s * n)) for s, rows in zip(shares, earlier, strict=True)]
     return pairs + [row for rows, size in zip(earlier, sizes, strict=True) for row in rng.sample(rows, size)]
 
 
@@ -340,7 +346,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
             loss = dno_exact_loss(chosen, rejected, ref_chosen, ref_rejected, r_1, r_2, args.eta)  # eq. 8
         else:
             loss = dno_loss(chosen, rejected, ref_chosen, ref_rejected, args.eta)  # Alg. 2, line 7
-        loss = loss - args.sft_alpha * chosen
+            loss = loss - args.sft_alpha * chosen
         (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
         losses[[j // 2 for j in i[::2]]], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -349,9 +355,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    log_ratio = log_ratio.view(len(batch), -1)  # (pairs, chosen and rejected)
-    chosen, rejected = log_ratio[:, 0].mean().item(), log_ratio[:, -1].mean().item()
-    loss = losses.mean().item()
+    loss, (chosen, rejected) = losses.mean().item(), log_ratio.view(-1, 2).mean(0).tolist()
     return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
 
 
@@ -378,6 +382,8 @@ def main(args):
     check_args(args)
     one = args.iterations == 1 or not args.responses
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
+    taught = args.gold or args.pairs not in ("restrictive", "spin")
+    require(taught, f"--pairs {args.pairs}: its pairs are won by a teacher, so it takes --gold")
     run, device = run_folder(args, "dno"), pick_device(args)
     plan = plan_run(args, device, "rmsprop", 2)  # a row to train on has a prompt and two responses
     if args.dry_run:
@@ -391,6 +397,8 @@ def main(args):
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
     if args.responses:
         parts[0], given = given_responses(policy, tokenizer, parts[0], args)
+        alike = not args.gold or "score" not in given[0][0]
+        require(alike, "--responses: they have scores, which a teacher's has not; give --gold ''")
     golds = gold_responses(policy, tokenizer, parts, args)
     if plan["checkpointing"]:
         use_checkpointing(policy)
@@ -424,20 +432,20 @@ def main(args):
         names = [name for name in ("win_rate", "points") if name in candidates[0][0]]
         rows = [{name: [y[name] for y in row] for name in names} for row in candidates]
         write_jsonl(folder / "preferences.jsonl", rows)
-        # Alg. 2, line 6: pairs of a large margin; then some of earlier iterations, all with the log-probs of pi_t
+        # Alg. 2, line 6: pairs with a large margin
         new, failed = make_pairs(prompts, candidates, args)
-        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
-        if not pairs:
-            why = ", ".join(f"{n} by {rule}" for rule, n in failed.items())
-            nothing = f"iteration {iteration}: no pair; ruled out are {why or 'none'}"
+        if not new:
+            why = ", ".join(f"{n} {rule}" for rule, n in failed.items())
+            nothing = f"iteration {iteration}: no pair; of all that there are {why or 'none'}"
             require(iteration > 1, f"{nothing}; see {folder}, and try lower margins")
             print(nothing)
             break
+        # Alg. 2, line 7: with some of earlier iterations; pi_t is the reference: its log-probs, before it is trained
+        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
         rows = list({id(y): (pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]}.values())  # once each
         ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
         attach("ref_logps", [y for _, y in rows], ref_logps)
         write_jsonl(folder / "pairs.jsonl", pairs)
-        # Alg. 2, line 7, or eq. 8
         learning_rate = args.learning_rate * args.lr_decay ** (iteration - 1)
         steps = train(policy, pairs, learning_rate, f"{args.seed} shuffle {iteration}", args)
         earlier.append(new)
@@ -449,8 +457,8 @@ def main(args):
         if not args.responses:
             metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new)}
-        for kind in ("teacher > student", "student > teacher", "student > student"):
-            metrics[kind.replace(" > ", "_")] = sum(pair["kind"] == kind for pair in new)
+        for kind in ("teacher_student", "student_teacher", "student_student"):
+            metrics[kind] = sum(pair["kind"] == kind for pair in new)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
         save_policy(policy, tokenizer, previous)

@@ -395,8 +395,8 @@ def test_judging_many_prompts_goes_in_order():
         ("prefs", "got str"),
         (torch.full((1, 2, 3), 0.5), r"wanted prefs \(1, 2, 2\) or points \(1, 2\), got \(1, 2, 3\)"),
         (torch.full((64, 2, 2), 0.5), r"wanted prefs \(1, 2, 2\)"),
-        (torch.tensor([[1.0, float("nan")]]), "neither numbers nor all NaN, first for prompt 65, '1'"),
-        (torch.tensor([[1.0, float("inf")]]), "neither numbers nor all NaN"),
+        (torch.tensor([[1.0, float("nan")]]), "neither points from 0 to 6 nor all NaN, first for prompt 65, '1'"),
+        (torch.tensor([[1.0, float("inf")]]), "neither points from 0 to 6 nor all NaN"),
     ],
 )
 def test_a_judge_that_returns_no_preferences_is_refused(answer, message):

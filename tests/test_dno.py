@@ -143,8 +143,8 @@ def test_the_average_iterate_of_exact_dno_reaches_nash():
 
 
 def candidates(*rates, gold=None):
-    rows = [{"ids": [i], "win_rate": rate} for i, rate in enumerate(rates)]
-    return [rows if gold is None else [*rows, {"ids": [99], "win_rate": gold, "teacher": True}]]
+    rows = [{"ids": [i], "win_rate": rate, "finished": True, "repeats": False} for i, rate in enumerate(rates)]
+    return [rows if gold is None else [*rows, {**rows[0], "ids": [99], "win_rate": gold, "teacher": True}]]
 
 
 def pairs_of(row, **settings):
@@ -158,28 +158,32 @@ RULES = {"min_win_rate": 0.5, "win_rate_margin": 0.3}
 def test_large_margin_pairs_on_a_literal_table():
     pairs, failed = pairs_of(candidates(0.8, 0.6, 0.4, gold=0.75), **RULES)
     assert pairs == {
-        (0, 1): "student > student",
-        (0, 2): "student > student",
-        (1, 2): "student > student",
-        (99, 2): "teacher > student",  # by 0.35
+        (0, 1): "student_student",
+        (0, 2): "student_student",
+        (1, 2): "student_student",
+        (99, 2): "teacher_student",  # by 0.35
     }
-    assert failed == {"half of --win_rate_margin": 1, "--win_rate_margin": 1}  # 0 over gold by 0.05; gold over 1, 0.15
+    assert failed == {"within half of it": 1, "within --win_rate_margin": 1}  # 0 over gold by 0.05; gold over 1, 0.15
     pairs, _ = pairs_of(candidates(0.9, 0.1, gold=0.5), **RULES)
-    assert pairs == {(0, 99): "student > teacher", (0, 1): "student > student", (99, 1): "teacher > student"}
+    assert pairs == {(0, 99): "student_teacher", (0, 1): "student_student", (99, 1): "teacher_student"}
 
 
 def test_a_positive_must_be_good_itself():
     pairs, failed = pairs_of(candidates(0.45, 0.1, 0.0), **RULES)
-    assert pairs == {} and failed == {"--min_win_rate": 3}
+    assert pairs == {} and failed == {"below --min_win_rate": 3}
 
 
 def test_restrictive_spin_and_all():
     row = candidates(0.9, 0.1, gold=0.5)
-    assert pairs_of(row, **RULES, pairs="restrictive")[0] == {(99, 1): "teacher > student"}
-    dno.rank([{}], row, "cpu", Args(pairs="spin", judge="nobody"))  # nobody is asked
-    assert pairs_of(row, **RULES, pairs="spin")[0] == {(99, 0): "teacher > student", (99, 1): "teacher > student"}
+    assert pairs_of(row, **RULES, pairs="restrictive")[0] == {(99, 1): "teacher_student"}
+    spin = Args(pairs="spin", judge="nobody")  # nobody is asked
+    dno.rank([{}], row, "cpu", spin)
+    assert pairs_of(row, **RULES, pairs="spin")[0] == {(99, 0): "teacher_student", (99, 1): "teacher_student"}
+    row[0][2]["finished"] = False  # a teacher that was cut
+    dno.rank([{}], row, "cpu", spin)
+    assert pairs_of(row, **RULES, pairs="spin")[0] == {}
     assert set(pairs_of(candidates(0.3, 0.2, 0.2), **RULES, pairs="all")[0]) == {(0, 1), (0, 2)}
-    assert pairs_of(candidates(0.3, 0.2, 0.2), pairs="all")[1] == {"a tie": 1}
+    assert pairs_of(candidates(0.3, 0.2, 0.2), pairs="all")[1] == {"tied": 1}
 
 
 def with_points(points, gold=None):
@@ -192,25 +196,25 @@ def with_points(points, gold=None):
 def test_pairs_by_points_are_the_papers():
     pairs, failed = pairs_of(with_points([6, 5, 4, 3], gold=6))
     assert pairs == {
-        (0, 1): "student > student",  # 5 or 6, and 1 better
-        (0, 2): "student > student",
-        (0, 3): "student > student",
-        (1, 2): "student > student",
-        (1, 3): "student > student",
-        (99, 2): "teacher > student",  # 2 better
-        (99, 3): "teacher > student",
+        (0, 1): "student_student",  # 5 or 6, and 1 better
+        (0, 2): "student_student",
+        (0, 3): "student_student",
+        (1, 2): "student_student",
+        (1, 3): "student_student",
+        (99, 2): "teacher_student",  # 2 better
+        (99, 3): "teacher_student",
     }
     # 4 is no positive over 3; the teacher is better than 1 by one point only; 6 and 6
-    assert failed == {"--min_score": 1, "--margin": 1, "a tie": 1}
+    assert failed == {"below --min_score": 1, "within --margin": 1, "tied": 1}
     pairs, failed = pairs_of(with_points([6, 5], gold=4), student_margin=2.0)
-    assert pairs == {(0, 99): "student > teacher"} and failed == {"--student_margin": 2}
-    assert pairs_of(with_points([4, 1, 0], gold=4)) == ({}, {"--min_score": 5, "a tie": 1})
+    assert pairs == {(0, 99): "student_teacher"} and failed == {"within --student_margin": 2}
+    assert pairs_of(with_points([4, 1, 0], gold=4)) == ({}, {"below --min_score": 5, "tied": 1})
 
 
 def test_a_prompt_that_was_not_judged_makes_no_pair():
     row = with_points([6, 1]) + with_points([None, None, None])
     rows, failed = make_pairs([{"prompt_ids": [1]}, {"prompt_ids": [2]}], row, Args())
-    assert [pair["prompt_ids"] for pair in rows] == [[1]] and failed == {"want of a judgement": 3}
+    assert [pair["prompt_ids"] for pair in rows] == [[1]] and failed == {"not judged": 3}
 
 
 def test_defective_responses_get_no_points(monkeypatch):
@@ -223,8 +227,9 @@ def test_defective_responses_get_no_points(monkeypatch):
 
 def test_the_exact_loss_takes_every_pair_of_different_responses():
     assert set(pairs_of(candidates(0.3, 0.2, 0.2), loss="exact")[0]) == {(0, 1), (0, 2), (1, 2)}
+    assert pairs_of(candidates(0.5, gold=0.5), loss="exact")[0] == {(99, 0): "teacher_student"}  # not the student's
     same = [[{"ids": [1], "win_rate": 0.5}, {"ids": [1], "win_rate": 0.5}]]
-    assert pairs_of(same, loss="exact") == ({}, {"the same": 1})
+    assert pairs_of(same, loss="exact") == ({}, {"identical": 1})
 
 
 @pytest.mark.parametrize(
@@ -341,9 +346,9 @@ def test_every_variant_runs(workdir, capsys, settings):
         == sum(table[1][f"{k}"] for k in ("teacher_student", "student_teacher", "student_student"))
     )
     if settings.get("pairs") in ("restrictive", "spin"):
-        assert kinds == {"teacher > student"}
+        assert kinds == {"teacher_student"}
     if settings.get("gold") == "":
-        assert kinds == {"student > student"} and "no --gold: pairs are of the student's" in capsys.readouterr().out
+        assert kinds == {"student_student"} and "no --gold: pairs are of the student's" in capsys.readouterr().out
     policy, _ = common.load_policy(str(workdir / "runs" / "x" / "iter_1" / "policy"))
     for pair in pairs[1][:5] + pairs[1][-5:]:  # new and replayed: the reference is pi_2 for both
         for y in pair["responses"]:
@@ -377,6 +382,7 @@ def test_gold_of_ultrafeedback_is_gpt_4s(tmp_path):
     [
         (["--eta", "0"], "--eta 0.0: must be between"),
         (["--replay", "1"], "--replay 1.0: must be in [0, 1)"),
+        (["--pairs", "spin", "--gold", ""], "--pairs spin: its pairs are won by a teacher, so it takes --gold"),
         (["--margin", "nan"], "--margin nan: must be in [0, 6]"),
         (["--sft_alpha", "-1"], "--sft_alpha -1.0"),
         (["--gold", "none.jsonl"], "--gold none.jsonl: no such file"),
@@ -395,7 +401,9 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, capsys, flags, words):
 
 
 def test_margins_that_nothing_passes_are_named(workdir):
-    with pytest.raises(common.InputError, match=r"iteration 1: no pair; ruled out are \d+ by "):
+    with pytest.raises(
+        common.InputError, match=r"iteration 1: no pair; of all that there are \d+ below --min_win_rate"
+    ):
         dno.main(Args(name="x", win_rate_margin=1.0, min_win_rate=1.0, **FEW))
 
 
@@ -403,3 +411,18 @@ def test_recipes_name_arguments_that_exist():
     assert set(dno.RECIPES) - {"tiny", "other"} <= set(common.MODELS)
     for recipe in dno.RECIPES.values():
         common.check_args(Args(**recipe))
+
+
+def test_scored_responses_need_neither_judge_nor_teacher(workdir):
+    once = {**FEW, "iterations": 1}
+    dno.main(Args(name="x", **once))
+    rows = lines(workdir / "runs" / "x" / "iter_1" / "responses.jsonl")
+    for row in rows:
+        row["responses"] = [{**y, "score": float(i)} for i, y in enumerate(row["responses"])]
+    common.write_jsonl("scored.jsonl", rows)
+    with pytest.raises(common.InputError, match="they have scores, which a teacher's has not; give --gold ''"):
+        dno.main(Args(name="y", responses="scored.jsonl", **once))
+    dno.main(Args(name="y", responses="scored.jsonl", gold="", **once))
+    for pair in lines(workdir / "runs" / "y" / "iter_1" / "pairs.jsonl"):
+        chosen, rejected = pair["responses"]
+        assert chosen["score"] > rejected["score"] and pair["kind"] == "student_student"
