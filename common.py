@@ -118,7 +118,7 @@ LIMITS = {
     **dict.fromkeys(("warmup_ratio", "replay"), (lambda v: 0 <= v < 1, "in [0, 1)")),
     **dict.fromkeys(("min_win_rate", "win_rate_margin", "max_judge_failures"), (lambda v: 0 <= v <= 1, "in [0, 1]")),
     **dict.fromkeys(("min_score", "margin", "student_margin"), (lambda v: 0 <= v <= 6, "in [0, 6]")),
-    "judge_concurrency": (lambda v: 1 <= v <= 1000, "at least 1 and at most 1,000"),
+    "judge_concurrency": (lambda v: 1 <= v <= 100, "at least 1 and at most 100"),  # connections of the client
     **dict.fromkeys(
         ("max_judge_cost", "judge_price_in", "judge_price_out"),
         (lambda v: 0 <= v <= 10**6, "between 0 and a million dollars"),
@@ -1898,9 +1898,11 @@ REFUSALS |= dict.fromkeys((404, 405), "it has no chat completions there, or no s
 
 def judge_question(prompt, texts):
     """What an LLM judge is asked about a prompt, text or messages, and its responses, in the order given."""
-    answers = "\n\n".join(f"<answer id{i}>\n{text}\n</answer id{i}>" for i, text in enumerate(texts))
+    # Tags that no answer can close, as they depend on what it says.
+    mark = hashlib.sha256(repr([prompt, texts]).encode()).hexdigest()[:8]
+    answers = "\n\n".join(f"<id{i} {mark}>\n{text}\n</id{i} {mark}>" for i, text in enumerate(texts))
     keys = ", ".join(f'"id{i}_justification": a short sentence, "id{i}_score": 0 to 6' for i in range(len(texts)))
-    request = f"<request>\n{plain_text(prompt)}\n</request>"
+    request = f"<request {mark}>\n{plain_text(prompt)}\n</request {mark}>"
     return f"{RUBRIC}\n\n{request}\n\n{answers}\n\nReply with one JSON dictionary and nothing else: {{{keys}}}"
 
 
@@ -1912,13 +1914,21 @@ def read_points(reply, n):
     >>> read_points('Here: {"id1_score": 5, “id0_score”: 2, "id0_justification": "brief"}', 2)
     [2, 5]
     """
-    reply = (reply or "").rpartition("</think>")[2]  # what a model thinks aloud is no verdict
-    quote = "[\"'`“”„‟‘’‚«»]"
-    found = re.findall(rf"{quote}id([0-9]+)_score{quote}\s*:\s*([^,}}]*)(?=[,}}])", reply)
-    points = {i: re.fullmatch(rf"{quote}?([0-6]){quote}?", value.strip()) for i, value in found}
-    if len(found) != n or set(points) != {str(i) for i in range(n)} or None in points.values():
+    if not isinstance(reply, str) or "<think>" in reply.rpartition("</think>")[2]:
         return None
-    return [int(points[str(i)][1]) for i in range(n)]
+    reply = reply.rpartition("</think>")[2]  # what a model thinks aloud is no verdict
+    start, end = reply.find("{"), reply.rfind("}") + 1
+    try:
+        pairs = json.loads(reply[start:end], object_pairs_hook=list)  # a key that comes twice is there twice
+        found = [(key[2:-6], str(value)) for key, value in pairs if re.fullmatch("id[0-9]+_score", key)]
+    except (ValueError, RecursionError):
+        quote = "[\"'`“”„‟‘’‚«»]"
+        found = re.findall(rf"{quote}id([0-9]+)_score{quote}\s*:([^,}}]*)(?=[,}}])", reply[:end])
+        found = [(i, re.sub(rf"^{quote}(.*){quote}$", r"\1", value.strip())) for i, value in found]
+    points = dict(found)
+    if len(found) != n or set(points) != {str(i) for i in range(n)} or not set(points.values()) <= set("0123456"):
+        return None
+    return [int(points[str(i)]) for i in range(n)]
 
 
 def retry_after(value):
@@ -1935,9 +1945,9 @@ class LLMJudge:
 
     A judge: called with B prompts (text or messages) and as many lists of K texts it returns points (B, K) float32, NaN
     for a prompt without a readable reply. Responses are shown in a random order, drawn from `seed` and their texts.
-    `concurrency` requests run at a time; one that meets 408, 429, 5xx, a time-out or no connection is made again after
-    an exponential back-off, and not before Retry-After. Readable replies are kept in `cache`, a .jsonl file, by the
-    hash of model and question (rubric, prompt, responses, order), and never asked for again.
+    `concurrency` requests run at a time; one that meets 408, 429, 5xx, `timeout` seconds of silence or no connection is
+    made again after an exponential back-off, and not before Retry-After. Readable replies are kept in `cache`, a .jsonl
+    file, by the hash of model and question (rubric, prompt, responses, order), and never asked for again.
 
     price: dollars per million tokens, in and out. It stops before `max_cost` dollars (0: no limit) could be passed by
     what is under way, at a token per byte and max_tokens for each reply, and when more than max_failures * 200 of the
@@ -1958,26 +1968,34 @@ class LLMJudge:
         max_cost=0.0,
         max_failures=0.1,
     ):
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        require(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY: no key, for it has odd characters")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        require(key.isascii() and key.isprintable(), "OPENAI_API_KEY: no key, for it has odd characters")
+        self.secret = key if len(key) >= 8 else None  # shorter ones, as local servers take, are none
         # Without a key the client would send the hub's token, if one is stored, to whatever server this is.
-        self.client = InferenceClient(base_url=url, api_key=self.key or "none", timeout=timeout)
+        self.client = InferenceClient(base_url=url, api_key=key or "none", timeout=timeout)
         self.model, self.url, self.seed, self.cache = model, url, seed, Path(cache)
         self.settings, self.max_tokens = {"max_tokens": max_tokens, "temperature": 0}, max_tokens
         self.price, self.max_cost, self.max_failures = price, max_cost, max_failures
         self.concurrency, self.batch = concurrency, 16 * concurrency  # prompts per call that keep it busy
-        self.lock, self.stopping = threading.Lock(), threading.Event()
-        self.replies, self.failures, self.dollars, self.reserved = 0, 0, 0.0, 0.0
+        self.lock, self.stopping = threading.Condition(), threading.Event()
+        self.replies, self.failures, self.dollars, self.under_way = 0, 0, 0.0, []  # the most that each might cost
         self.recent, self.why = collections.deque(maxlen=RECENT), ""  # which of the last failed, and the last reason
-        self.known = {}
-        for line in self.cache.read_bytes().splitlines() if self.cache.exists() else []:
+        self.known = {}  # hash -> reply
+        try:
+            lines = self.cache.read_bytes().splitlines() if self.cache.exists() else []
+        except OSError as error:
+            raise InputError(f"{self.cache}: cannot be read: {error.strerror}") from None
+        for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
                 row = json.loads(line)
-                self.known[row["key"]] = row["points"]
+                self.known[row["key"]] = row["reply"]
 
     def __call__(self, prompts, responses):
         """prompts: B texts or lists of messages; responses: B lists of K texts -> points (B, K)."""
-        session = get_session()
+        try:
+            session = get_session()
+        except Exception as error:  # a proxy or certificate that the environment names
+            raise InputError(f"--judge llm: no connection can be made: {self._hide(str(error))}") from None
         hooks, session.event_hooks = session.event_hooks, {}  # HF_HUB_OFFLINE would bar the judge's server, too
         self.stopping.clear()
         try:
@@ -1986,8 +2004,10 @@ class LLMJudge:
                 try:
                     for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                         future.result()
-                except BaseException:
-                    self.stopping.set()  # no more requests; what is under way may be paid for, so it is waited for
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt):
+                        print("waiting for the replies under way, which may be paid for", file=sys.stderr)
+                    self._stop()
                     pool.shutdown(cancel_futures=True)
                     self.recent.clear()
                     raise
@@ -2005,14 +2025,14 @@ class LLMJudge:
         random.Random(f"{self.seed} {prompt} {texts}").shuffle(order)
         question = judge_question(prompt, [texts[i] for i in order])
         key = hashlib.sha256(json.dumps([self.model, question]).encode()).hexdigest()
-        points, why = self.known.get(key), ""
+        points, why = read_points(self.known.get(key), len(texts)), ""
         if not points:
             reply, why = self._ask(question)
             points = read_points(reply, len(texts))
             why = why or f"its reply has not 0 to 6 points for each answer: {self._hide(repr(reply))}"
             if points:
-                row = {"model": self.model, "prompt": prompt, "order": order, "points": points, "reply": reply}
-                self._keep({"key": key, **row})
+                row = {"key": key, "model": self.model, "prompt": prompt, "order": order, "points": points}
+                self._keep({**row, "reply": reply.replace(self.secret, "***") if self.secret else reply})
         with self.lock:
             self.failures += not points
             self.recent.append(not points)
@@ -2027,18 +2047,23 @@ class LLMJudge:
         worst = self._cost(len(question.encode()) + 64, self.max_tokens)  # 64 for the chat template
         for i in range(TRIES):
             with self.lock:
+                # What is under way mostly costs less than it might: wait for it before giving up.
+                self.lock.wait_for(lambda: self.stopping.is_set() or not self.under_way or self._fits(worst))
+                if self.stopping.is_set():
+                    return None, "stopped"
                 short = f"{self.dollars:.4g} dollars are spent, and the next request might cost up to {worst:.2g}"
-                fits = not self.max_cost or self.dollars + self.reserved + worst <= self.max_cost
-                require(fits, f"--max_judge_cost {self.max_cost:g}: {short}; what was judged is kept in {self.cache}")
-                self.reserved += worst
+                kept = f"what was judged is kept in {self.cache}"
+                require(self._fits(worst), f"--max_judge_cost {self.max_cost:g}: {short}; {kept}")
+                self.under_way.append(worst)
             reply, why, cost, pause = self._request(question, worst)
             with self.lock:
-                self.reserved -= worst
+                self.under_way.remove(worst)
                 self.dollars += cost
                 self.replies += not why
+                self.lock.notify_all()
             if pause is None or i == TRIES - 1:
                 break
-            pause = max(pause, BACK_OFF * 2**i * random.uniform(0.5, 1.5))
+            pause = max(BACK_OFF * 2**i * random.uniform(0.5, 1.5), pause)  # in this order also where that is NaN
             if pause > PATIENCE or self.stopping.wait(pause):
                 break
         return reply, why
@@ -2051,21 +2076,26 @@ class LLMJudge:
             messages = [{"role": "user", "content": question}]
             answer = self.client.chat_completion(messages, model=self.model, extra_body=sent)
             used = [getattr(answer.usage, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
-            cost = self._cost(*used) if all(isinstance(n, int) for n in used) else worst
-            return answer.choices[0].message.content, "", cost, None
+            cost = self._cost(*used) if all(type(n) is int and n >= 0 for n in used) else worst
+            choice = answer.choices[0]
+            if choice.finish_reason == "length":
+                return None, "its reply was cut; see --judge_max_tokens", cost, None
+            return choice.message.content, "", cost, None
         except Exception as error:
             # The client fails on some error replies itself, while it handles the one that has the response.
             response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
             if isinstance(error, InferenceTimeoutError):
                 return None, f"no reply within {self.client.timeout:g} seconds; see --judge_timeout", worst, again
-            if response is None and isinstance(error, ValueError | TypeError | LookupError | AttributeError):
+            odd = ValueError | TypeError | LookupError | AttributeError | ArithmeticError | RecursionError
+            if response is None and isinstance(error, odd):
                 return None, "what comes back is no chat completion", worst, None
             if response is None:
-                return None, f"it cannot be reached: {self._hide(str(error))}", 0.0, again
+                cost = 0.0 if type(error).__name__ in ("ConnectError", "ProxyError") else worst
+                return None, f"it cannot be reached: {self._hide(str(error))}", cost, again
         status, said = response.status_code, response.text or response.reason_phrase
         why = f"{REFUSALS.get(status, f'status {status}')}: {self._hide(said)}"
         if status in (408, 425, 429) or status >= 500:
-            return None, why, 0.0, retry_after(response.headers.get("Retry-After"))
+            return None, why, worst if status == 504 else 0.0, retry_after(response.headers.get("Retry-After"))
         other = dict(sent)  # some models know other settings
         if status == 400 and "max_completion_tokens" in said and "max_tokens" in sent:
             other["max_completion_tokens"] = other.pop("max_tokens")
@@ -2077,17 +2107,26 @@ class LLMJudge:
     def _cost(self, tokens, new_tokens):
         return (tokens * self.price[0] + new_tokens * self.price[1]) / 1e6
 
+    def _fits(self, worst):
+        return not self.max_cost or self.dollars + sum(self.under_way) + worst <= self.max_cost
+
+    def _stop(self):
+        with self.lock:
+            self.stopping.set()
+            self.lock.notify_all()
+
     def _keep(self, row):
         """Append to the cache in one write, so that runs can share it; the newline in front ends a torn line."""
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        line = "\n" + json.dumps(row)
-        with self.lock, open(self.cache, "ab", buffering=0) as file:
-            file.write((line.replace(self.key, "***") if self.key else line).encode())
-            self.known[row["key"]] = row["points"]
+        with self.lock:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.cache, "ab", buffering=0) as file:
+                file.write(("\n" + json.dumps(row)).encode())
+            self.known[row["key"]] = row["reply"]
 
     def _hide(self, text):
-        """The start of a text on one line, without the key."""
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:200]
+        """The start of a text on one line, without the key and what is not printable."""
+        text = text.replace(self.secret, "***") if self.secret else text
+        return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:200]
 
 
 _llm_judge = functools.cache(LLMJudge)  # one for all stages of a run, as it counts what they cost
@@ -2112,6 +2151,7 @@ def load_judge(args, device):
         example = "give the address of a chat server, like http://localhost:8000/v1"
         require(whole, f"--judge_url {args.judge_url!r}: {example}")
         require(args.judge_model, "--judge_model: give the name of the judge's model, as its server knows it")
+        priced = args.judge_price_in > 0 and args.judge_price_out > 0
         require(priced or not args.max_judge_cost, "--max_judge_cost: give --judge_price_in and --judge_price_out")
         return _llm_judge(
             args.judge_model,
@@ -2136,7 +2176,8 @@ def try_judge(judge, args):
     if args.judge == "digits" and args.prompts != "digits":
         print("--judge digits prefers the digits of a prompt, sorted: for other prompts it only shows that all runs")
     answers = [{"text": text, "finished": True, "repeats": False} for text in ("Hello!", "Good day.")]
-    opinion = ask_judge(judge, [{"prompt": [{"role": "user", "content": "Hi!"}]}], [answers])
+    question = {"role": "user", "content": f"Hi! It is {time.time():.0f}."}  # one that no judge has answered before
+    opinion = ask_judge(judge, [{"prompt": [question]}], [answers])
     require(not opinion.isnan().any(), f"--judge {args.judge}: {getattr(judge, 'why', 'no points for a trial')}")
 
 
