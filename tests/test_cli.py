@@ -203,7 +203,7 @@ def test_a_local_model_runs_with_the_papers_recipe_on_a_prompt_file(workdir, cap
         (["--seed", "-1"], "--seed"),
         (["--pairs", "some"], "--pairs"),
         (["--targets", "hard", "--pairs", "all"], "--targets hard"),
-        (["--judge", "me"], "--judge me: unknown; give digits, pairrm, or its folder or hub id"),
+        (["--judge", "me"], "--judge me: unknown; give digits, llm, pairrm, or its folder or hub id"),
         (["--prompts", "missing.jsonl"], "--prompts missing.jsonl: no such file"),
         (["--prompts", "empty.jsonl"], "--prompts empty.jsonl: no row of use, it is empty"),
         (

@@ -416,7 +416,7 @@ def test_scores_that_came_with_the_responses_stand_in_for_the_judge():
 
 
 def test_unknown_judge_and_a_judge_without_temperature():
-    with pytest.raises(InputError, match="--judge nobody: unknown; give digits, pairrm"):
+    with pytest.raises(InputError, match="--judge nobody: unknown; give digits, llm, pairrm"):
         common.load_judge(sppo.Args(judge="nobody"), "cpu")
     for setting in ({"preference": "official"}, {"judge_temperature": 2.0}):
         with pytest.raises(InputError, match="they are PairRM's, digits has none"):
@@ -459,7 +459,7 @@ def test_a_judge_is_tried_before_the_start(capsys):
     assert capsys.readouterr().out == ""
     common.try_judge(DigitsJudge(), sppo.Args(prompts="mine.jsonl"))
     assert "for other prompts it only shows that all runs" in capsys.readouterr().out
-    with pytest.raises(InputError, match="1/2 for a tie, first for prompt 1, 'Hi!'"):
+    with pytest.raises(InputError, match="1/2 for a tie, first for prompt 1, 'Hi! It is"):
         common.try_judge(lambda prompts, responses: torch.zeros(1, 2, 2), sppo.Args())
 
 
