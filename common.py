@@ -108,7 +108,7 @@ POSITIVE = (lambda v: 1e-6 <= v <= 10**6, "between a millionth and a million")
 LIMITS = {
     **dict.fromkeys(("max_prompt_tokens", "iterations", "max_new_tokens", "slots", "judge_max_tokens"), COUNT),
     **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n"), COUNT),
-    **dict.fromkeys(("eta", "max_grad_norm", "exact_scale", "lr_decay", "judge_timeout"), POSITIVE),
+    **dict.fromkeys(("eta", "beta", "beta_ipo", "max_grad_norm", "exact_scale", "lr_decay", "judge_timeout"), POSITIVE),
     **dict.fromkeys(("learning_rate", "top_p", "repeat_share"), (lambda v: 0 < v <= 1, "in (0, 1]")),
     **dict.fromkeys(("temperature", "judge_temperature"), (lambda v: 0.01 <= v <= 100, "in [0.01, 100]")),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
@@ -123,7 +123,8 @@ LIMITS = {
         ("max_judge_cost", "judge_price_in", "judge_price_out"),
         (lambda v: 0 <= v <= 10**6, "between 0 and a million dollars"),
     ),
-    "sft_alpha": (lambda v: 0 <= v <= 10**6, "between 0 and a million"),
+    **dict.fromkeys(("sft_alpha", "lam"), (lambda v: 0 <= v <= 10**6, "between 0 and a million")),
+    "compare": (lambda v: 0 <= v <= 1000, "between 0 (none) and a thousand seeds"),
     "seed": (lambda v: 0 <= v < 2**63, "between 0 and 2^63"),
 }
 
@@ -754,6 +755,26 @@ def digit_prompts(n, seed):
     return [[{"role": "user", "content": text}] for text in seen]
 
 
+def digit_pairs(n, seed):
+    """Pairs to digit_prompts whose answers are both partly wrong: 1 to n-1 digits in the chosen, more in the rejected.
+
+    "gap" is the difference between their shares of right digits.
+    """
+    rng, pairs = random.Random(f"digit pairs {seed}"), []
+    for prompt in digit_prompts(n, seed):
+        right = sorted(prompt[0]["content"])
+        wrong = sorted(rng.sample(range(1, len(right) + 1), 2))
+        answers = []
+        for count in wrong:
+            answer = list(right)
+            for i in rng.sample(range(len(right)), count):
+                answer[i] = rng.choice([d for d in "0123456789" if d != right[i]])
+            answers.append("".join(answer))
+        gap = (wrong[1] - wrong[0]) / len(right)
+        pairs.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "gap": gap})
+    return pairs
+
+
 def not_loaded(flag, name, what, error):
     """The InputError for whatever transformers, datasets or the hub raised, with what to do about it."""
     chain = []  # the error and what it came from
@@ -948,20 +969,28 @@ def completion_scores(completions):
 def read_pair(row):
     """{"prompt", "chosen", "rejected"} of a row of any of SHAPES that holds a pair, the last two as text.
 
-    Of UltraFeedback's completions the best and the worst, by completion_scores. Raises LeftOut or InputError.
+    With "gap", the difference of their scores, where both have one. Of UltraFeedback's completions the best and the
+    worst, by completion_scores. Raises LeftOut or InputError.
     """
     prompt = read_prompt(row)
     if row.get("completions") is not None:
         scored = sorted(completion_scores(row["completions"]))
         use_if(len(scored) > 1 and scored[0][0] < scored[-1][0], "without a better and a worse completion")
-        chosen, rejected = scored[-1][1], scored[0][1]
+        chosen, rejected, scores = scored[-1][1], scored[0][1], (scored[-1][0], scored[0][0])
     else:
         require("chosen" in row and "rejected" in row, f"no pair; keys found: {', '.join(row)}")
+        scores = [row.get(f"score_{name}") for name in ("chosen", "rejected")]
         chosen, rejected = (_prompt_and_answer(row[name])[1] for name in ("chosen", "rejected"))
     use_if(chosen.strip() and rejected.strip(), "with an empty response")
     use_if(chosen != rejected, "with two equal responses")
     use_if(is_text(chosen + rejected), HALF)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    known = all(type(s) in (int, float) and math.isfinite(s) for s in scores)
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        **({"gap": scores[0] - scores[1]} if known else {}),
+    }
 
 
 def read_responses(row, k):
@@ -1034,8 +1063,10 @@ def load_prompts(source, limit=0, seed=0, flag="--prompts"):
     return list(_load(flag, source, read_prompt, prompt_key, limit).values())
 
 
-def load_pairs(source, limit=0):
-    """Pairs from `source`, as load_prompts: a list of {"prompt": messages, "chosen": text, "rejected": text}."""
+def load_pairs(source, limit=0, seed=0):
+    """Pairs from `source`: "digits", or as load_prompts: dicts of "prompt", "chosen", "rejected" and maybe "gap"."""
+    if source == "digits":
+        return digit_pairs(limit or 5632, seed)
     return list(_load("--pairs", source, read_pair, json.dumps, limit).values())
 
 
@@ -1140,7 +1171,7 @@ def turn_end(tokenizer, stop_ids):
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
-    """Render and tokenise: a list of {"prompt", "prompt_ids"}.
+    """Render and tokenise: a list of {"prompt", "prompt_ids"}; prompts may be dicts with "prompt", and keep the rest.
 
     Prompts over `max_tokens`, and those that the model's chat template rejects, are left out and counted.
 
@@ -1152,9 +1183,10 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     kept, left_out, rejected = [], collections.Counter(), ""
-    for messages in prompts:
+    for prompt in prompts:
+        row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
         try:
-            ids = encode(tokenizer, messages)
+            ids = encode(tokenizer, row["prompt"])
         except InputError as error:
             rejected = rejected or str(error)  # the first; others may quote other prompts
             left_out[rejected] += 1
@@ -1162,7 +1194,7 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
         if wants_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
         if 0 < len(ids) <= max_tokens:
-            kept.append({"prompt": messages, "prompt_ids": ids})
+            kept.append({**row, "prompt_ids": ids})
         else:
             left_out[f"over --max_prompt_tokens {max_tokens}"] += 1
     for reason, n in left_out.items():
@@ -1177,6 +1209,7 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
 
 MODELS = {
     "tiny": "built in: 0.46 M parameters, made on the spot in seconds",
+    "tiny-p": "the same, made to answer better behind the prompt of TINY_P",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "gemma-2-9b": "google/gemma-2-9b-it",
@@ -1190,7 +1223,7 @@ MODELS = {
 def load_config(name):
     """The configuration of --model: a key of MODELS, a folder, or a hub id. Raises InputError."""
     try:
-        return AutoConfig.from_pretrained(tiny_policy() if name == "tiny" else MODELS.get(name, name))
+        return AutoConfig.from_pretrained(tiny_policy(name) if name in TINIES else MODELS.get(name, name))
     except Exception as error:
         raise not_loaded("--model", name, "its config.json", error) from None
 
@@ -1214,7 +1247,7 @@ def load_policy(name, device="cpu", context=0, dtype=None):
     Raises InputError when it cannot be loaded, has fewer than `context` positions, no EOS, or a head that token_logps
     would get wrong.
     """
-    path = tiny_policy() if name == "tiny" else MODELS.get(name, name)
+    path = tiny_policy(name) if name in TINIES else MODELS.get(name, name)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     config = load_config(name)
     try:
@@ -1303,6 +1336,8 @@ TINY = {  # the recipe of `tiny`; it is also the key of its cache, so that a cha
     "learning_rate": 4e-3,
     "seed": 0,
 }
+TINY_P = {**TINY, "steps": 300, "refine_prompt": "100/100: "}  # behind it, in half of the rows, answers are clean
+TINIES = {"tiny": TINY, "tiny-p": TINY_P}
 
 
 def tiny_tokenizer():
@@ -1320,16 +1355,20 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
-def tiny_policy(cache="runs"):
-    """The folder of `tiny`, a MistralForCausalLM supervised on NOISY sorted digits; made if missing or damaged."""
-    key = hashlib.sha256(json.dumps([TINY, torch.__version__]).encode()).hexdigest()[:12]
+def tiny_policy(name="tiny", cache="runs"):
+    """The folder of `tiny` or `tiny-p`, a MistralForCausalLM supervised on NOISY sorted digits; made if missing.
+
+    Behind TINY_P's refine_prompt the answers are clean: what the query of sr_dpo.py's refinement wants.
+    """
+    recipe = TINIES[name]
+    key = hashlib.sha256(json.dumps([recipe, torch.__version__]).encode()).hexdigest()[:12]
     folder = Path(cache) / f"tiny-{key}"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if (folder / "sha256").read_text() == _checksum(folder):
             return folder
-    tokenizer, rng = tiny_tokenizer(), random.Random(f"tiny {TINY['seed']}")
+    tokenizer, rng = tiny_tokenizer(), random.Random(f"tiny {recipe['seed']}")
     config = transformers.MistralConfig(
-        **{name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")},
+        **{name: recipe[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")},
         vocab_size=len(tokenizer),
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -1340,17 +1379,19 @@ def tiny_policy(cache="runs"):
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(TINY["seed"])
+        torch.manual_seed(recipe["seed"])
         policy = transformers.MistralForCausalLM(config)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=TINY["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0)
-    steps, digits = TINY["steps"], "0123456789"
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["learning_rate"], total_steps=steps, pct_start=0.1)
-    for _ in tqdm(range(steps), desc="making the tiny model", unit="step", leave=False, disable=None):
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0)
+    steps, digits = recipe["steps"], "0123456789"
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["learning_rate"], total_steps=steps, pct_start=0.1)
+    for _ in tqdm(range(steps), desc=f"making {name}", unit="step", leave=False, disable=None):
         prompts, responses = [], []
-        for _ in range(TINY["batch_size"]):
+        for _ in range(recipe["batch_size"]):
             question = "".join(rng.choices(digits, k=rng.randint(4, 8)))
-            answer = "".join(rng.choice(digits) if rng.random() < TINY["noise"] else d for d in sorted(question))
-            prompts.append(tokenizer(f"<s>{question}=").input_ids)
+            p = recipe.get("refine_prompt", "") if len(prompts) % 2 else ""
+            noise = 0 if p else recipe["noise"]
+            answer = "".join(rng.choice(digits) if rng.random() < noise else d for d in sorted(question))
+            prompts.append(tokenizer(f"<s>{p}{question}=").input_ids)
             responses.append(tokenizer(f"{answer}</s>").input_ids)
         loss = -response_logps(policy, prompts, responses).sum() / sum(map(len, responses))
         loss.backward()
@@ -2136,7 +2177,7 @@ JUDGES = {"digits": DigitsJudge}
 
 
 def load_judge(args, device):
-    """The judge that --judge names: a key of JUDGES, "llm", "pairrm", or a folder or hub id of it. Raises InputError.
+    """The judge that --judge names: a key of JUDGES, "llm", "pairrm", or a folder or hub id of it; None for "".
 
     It is loaded for a stage and let go after it, so that it takes no memory from training.
     """
@@ -2144,7 +2185,7 @@ def load_judge(args, device):
     asked = args.judge_url or args.judge_model or args.max_judge_cost or priced
     require(args.judge == "llm" or not asked, f"--judge_url, --judge_model, ...: --judge {args.judge} has none")
     plain = args.preference == "pairwise" and args.judge_temperature == 1
-    others = args.judge in JUDGES or args.judge == "llm"
+    others = args.judge in ("", "llm", *JUDGES)
     require(plain or not others, f"--preference, --judge_temperature: they are PairRM's, {args.judge} has none")
     if args.judge == "llm":
         whole = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", args.judge_url)
@@ -2164,6 +2205,8 @@ def load_judge(args, device):
             max_cost=args.max_judge_cost,
             max_failures=args.max_judge_failures,
         )
+    if not args.judge:
+        return None
     if args.judge in JUDGES:
         return JUDGES[args.judge]()
     known = args.judge == "pairrm" or "/" in args.judge or os.path.isdir(args.judge)
@@ -2173,7 +2216,9 @@ def load_judge(args, device):
 
 def try_judge(judge, args):
     """Ask the judge about two answers, so that what is wrong with it is said before the hours of sampling."""
-    if args.judge == "digits" and args.prompts != "digits":
+    if judge is None:
+        return
+    if args.judge == "digits" and "digits" not in (getattr(args, "prompts", ""), getattr(args, "pairs", "")):
         print("--judge digits prefers the digits of a prompt, sorted: for other prompts it only shows that all runs")
     answers = [{"text": text, "finished": True, "repeats": False} for text in ("Hello!", "Good day.")]
     question = {"role": "user", "content": f"Hi! It is {time.time():.0f}."}  # one that no judge has answered before
@@ -2356,11 +2401,8 @@ def plan_run(args, device, rule, trained, memory=None):
         print(f"{args.model}: its memory cannot be counted, so it is not checked ({type(error).__name__})")
         n, kv, activations = 0, 0, 0
     config, have = config.get_text_config(), memory or memory_of(device)
-    judge = (
-        {}
-        if args.judge in JUDGES or args.judge == "llm"
-        else {"judge": judge_size(args.judge), "its batch": 512 * PAIRRM_SCORES}
-    )
+    resident = args.judge not in ("", "llm", *JUDGES)
+    judge = {"judge": judge_size(args.judge), "its batch": 512 * PAIRRM_SCORES} if resident else {}
     weights = {"weights": n * dtype.itemsize, "master": n * 2 if device == "cuda" else 0}
     moments = n * dtype.itemsize * {"rmsprop": 1, "adamw": 2}[rule]
     # A slot's keys and values, and its logits in float64, sorted.
@@ -2452,11 +2494,11 @@ def show_cost(prompts, held_out, asked, args, k):
     print(f"--judge llm: {requests:,} requests of {millions}, at --max_new_tokens a response; {dollars:,.2f} dollars")
 
 
-def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, k):
+def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, ranked, sampled):
     """Print about how long a run takes, from a little sampling, judging and a training step of rate 0, timed here.
 
     prompts, held_out, asked: those of one iteration, of an evaluation and of --eval_prompts; rule, trained: as for
-    plan_run; k: as for judgements.
+    plan_run; ranked: k of judgements; sampled: how many responses per prompt of training are sampled.
     """
 
     def seconds(function):
@@ -2468,7 +2510,7 @@ def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, k):
         return time.perf_counter() - start
 
     texts = ["one " * args.max_new_tokens, "two " * args.max_new_tokens]  # a token a word
-    local = not isinstance(judge, LLMJudge)  # else it would cost money to know
+    local = judge is not None and not isinstance(judge, LLMJudge)  # the latter would cost money
     two = seconds(partial(judge, [prompts[0]["prompt"]], [texts])) / 2 if local else 0.0  # for one of the two orders
     del judge
     n = min(args.max_new_tokens, 128)
@@ -2484,11 +2526,12 @@ def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, k):
     optimizer.zero_grad()
     print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update")
     closing = len(held_out) + len(asked) if args.best_of else len(asked)
-    samples = args.iterations * (len(prompts) * args.k * (not args.responses) + len(held_out))
+    samples = args.iterations * (len(prompts) * sampled + len(held_out))
     sampling = token * args.max_new_tokens * (samples + closing * (args.best_of or 1))
-    judging = two * sum(n * k * (k - 1) for n, k in judgements(prompts, held_out, asked, args, k))
+    judging = two * sum(n * k * (k - 1) for n, k in judgements(prompts, held_out, asked, args, ranked))
     # Forward only is a third: the log-probs of the reference, and the KL from both models.
-    training = response * (trained * len(prompts) * (args.epochs + 1 / 3) + len(held_out) * 2 / 3)
+    passes = args.epochs * (4 / 3 if getattr(args, "lam", 0) else 1) + 1 / 3  # sr_dpo.py has another one per step
+    training = response * (trained * len(prompts) * passes + len(held_out) * 2 / 3)
     training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
     hours = [f"{s / 3600:.2g}" for s in (sampling, judging, args.iterations * training)]
     judged = (
@@ -2578,7 +2621,7 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
     length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
     metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
     judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
-    if t:
+    if t and judge:
         prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
         for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
             metrics[f"win_rate_vs_{name}"] = wins.mean().item()

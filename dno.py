@@ -407,7 +407,8 @@ def main(args):
     show_cost(parts[0], held_out, asked, args, ranked)
     if args.dry_run:
         most = args.k * (args.k + 1)  # responses, if all pairs of K + 1 are trained on
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", most, ranked)
+        judge, sampled = load_judge(args, device), 0 if args.responses else args.k
+        show_hours(policy, judge, parts[0], held_out, asked, args, "rmsprop", most, ranked, sampled)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")

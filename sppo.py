@@ -316,7 +316,8 @@ def main(args):
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     show_cost(parts[0], held_out, asked, args, args.k)
     if args.dry_run:
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", trained, args.k)
+        judge, sampled = load_judge(args, device), 0 if args.responses else args.k
+        show_hours(policy, judge, parts[0], held_out, asked, args, "rmsprop", trained, args.k, sampled)
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")

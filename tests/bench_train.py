@@ -10,6 +10,8 @@ Lengths are log-normal, as in chats, at most 512 in all; prompts are 0.4 of prom
  * bare: the body alone, forward and backward on as many tokens as the pairs have (each prompt twice), in rows of their
    mean length: no padding, no head, no optimiser.
  * ours: sorted by length, `--micro_tokens` padded tokens at a time; the prompt once per pair, or with each response.
+ * DPO and Sr-DPO: sr_dpo.py's `train_step` without and with the refinement, whose p has 40 tokens; its gradients are of
+   other losses. Target for Sr-DPO: 1.24 times the time of DPO.
  * TRL: its training_step on what its data collator pads; all pairs at once, or `--trl_pairs` of similar length at a
    time, as gradient_accumulation_steps and train_sampling_strategy="group_by_length" would do. padding_free is left
    out: it warns and pads. On a device without Triton its head also scores prompts and padding.
@@ -39,9 +41,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
+import sr_dpo
 from measure import header, make_parser, memory_in_a_child, peak_memory, reason, synchronize
 
 ETA = 10.0
+P = 40  # tokens of sr_dpo.py's p
 
 
 def optimiser(policy):
@@ -73,6 +77,18 @@ def ours(share):
         common.attach("ref_logps", [y for _, y in rows], ref_logps)
         optimizer, scheduler = optimiser(policy)
         return lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings)["grad_norm"]
+
+    return build
+
+
+def refined(lam):
+    def build(policy, pairs, args):
+        settings = sr_dpo.Args(lam=lam, micro_tokens=args.micro_tokens)
+        pairs = [{**pair, "refined_ids": [7] * P + pair["prompt_ids"]} for pair in pairs]
+        sr_dpo.attach_reference(policy, pairs, settings)
+        optimizer, scheduler = optimiser(policy)
+        step = partial(sr_dpo.train_step, policy, optimizer, scheduler, pairs, settings)
+        return lambda: step() and None  # its loss is another one, and so is its gradient
 
     return build
 
@@ -117,6 +133,8 @@ CONTESTANTS = {
     "bare": bare,
     "ours, prompt once": ours(True),
     "ours, plain rows": ours(False),
+    "DPO of sr_dpo.py": refined(0.0),
+    "Sr-DPO of sr_dpo.py": refined(0.3),
     "TRL, all pairs at once": trl(few=False),
     "TRL, a few, by length": trl(few=True),
 }
@@ -191,14 +209,14 @@ def print_time(args):
                 seconds[name].append(time.perf_counter() - start)
             else:
                 first[name] = (norm, tokens[name])
-    columns = ["pairs/s", "time / bare", "time / ours", "tokens / bare", "gradient norm"]
+    columns = ["pairs/s", "time / bare", "time / ours", "time / DPO", "tokens / bare", "gradient norm"]
     print(f"{'':<24}", *(f"{column:>15}" for column in columns), sep="")
     for name, took in seconds.items():
         if name in failed:
             print(f"{name:<24} {failed[name]}")
             continue
         figures = [f"{len(pairs) / median(took):.2f}"]
-        for other in ("bare", "ours, prompt once"):
+        for other in ("bare", "ours, prompt once", "DPO of sr_dpo.py"):
             figures.append(f"{median(x / y for x, y in zip(took, seconds[other], strict=True)):.2f}")
         norm, computed = first[name]
         figures += [f"{computed / first['bare'][1]:.2f}", f"{norm:.3f}" if norm else ""]

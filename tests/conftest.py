@@ -15,15 +15,16 @@ import common  # noqa: E402
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory):
-    """A runs/ folder that holds the built-in start, made once."""
+    """A runs/ folder that holds the built-in starts, made once."""
     cache = tmp_path_factory.mktemp("runs")
-    common.tiny_policy(cache)
+    for name in common.TINIES:
+        common.tiny_policy(name, cache)
     return cache
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch, tiny_cache):
-    """An empty working folder, but that its runs/ already holds the built-in start."""
+    """An empty working folder, but that its runs/ already holds the built-in starts."""
     (tmp_path / "runs").mkdir()
     for folder in tiny_cache.glob("tiny-*"):
         (tmp_path / "runs" / folder.name).symlink_to(folder)

@@ -351,21 +351,21 @@ def content(folder):
 
 def test_tiny_is_made_once_and_made_again_when_damaged(tmp_path, short_recipe):
     cache = tmp_path / "runs"
-    folder = tiny_policy(cache)
+    folder = tiny_policy(cache=cache)
     right, weights = content(folder), folder / "model.safetensors"
     made = weights.stat().st_mtime_ns
-    assert tiny_policy(cache) == folder and weights.stat().st_mtime_ns == made
+    assert tiny_policy(cache=cache) == folder and weights.stat().st_mtime_ns == made
 
     damaged = bytearray(right["model.safetensors"])
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    assert tiny_policy(cache) == folder and content(folder) == right
+    assert tiny_policy(cache=cache) == folder and content(folder) == right
 
     (folder / "tokenizer.json").unlink()
-    assert tiny_policy(cache) == folder and content(folder) == right
+    assert tiny_policy(cache=cache) == folder and content(folder) == right
 
     (folder / "sha256").unlink()
-    assert tiny_policy(cache) == folder and content(folder) == right
+    assert tiny_policy(cache=cache) == folder and content(folder) == right
     assert list(cache.iterdir()) == [folder]
 
 
@@ -373,18 +373,18 @@ def test_tiny_neither_reads_nor_moves_the_global_random_numbers(tmp_path, short_
     torch.manual_seed(1)
     random.seed(1)
     before, python_before = torch.get_rng_state(), random.getstate()
-    first = tiny_policy(tmp_path / "a")
+    first = tiny_policy(cache=tmp_path / "a")
     assert torch.equal(torch.get_rng_state(), before)
     assert random.getstate() == python_before
     torch.manual_seed(2)
     random.seed(2)
-    assert content(tiny_policy(tmp_path / "b")) == content(first)
+    assert content(tiny_policy(cache=tmp_path / "b")) == content(first)
 
 
 def test_another_recipe_is_another_tiny(tmp_path, short_recipe, monkeypatch):
-    first = tiny_policy(tmp_path)
+    first = tiny_policy(cache=tmp_path)
     monkeypatch.setitem(common.TINY, "seed", 1)
-    second = tiny_policy(tmp_path)
+    second = tiny_policy(cache=tmp_path)
     assert first != second and first.exists()
     assert (first / "model.safetensors").read_bytes() != (second / "model.safetensors").read_bytes()
 

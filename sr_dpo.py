@@ -1,0 +1,511 @@
+"""Sr-DPO and Sr-IPO, self-refined DPO and IPO: the policy itself, behind a prompt p, says how far apart a pair is.
+
+Yu et al. 2024, arXiv 2405.21040. DPO and IPO learn from offline pairs (x, y+, y-) and a fixed reference; they treat all
+pairs alike. Here the margin of each pair has to exceed lam * Delta, where Delta (eq. 12) is the margin that the policy
+gives it behind p + x: a prompt p that asks for the best of answers, put in front of the query. Sr-DPO is eq. 13 and
+Algorithm 1, Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly.
+
+    python sr_dpo.py                     the built-in task, a minute on two CPU cores (README.md)
+    python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
+    python sr_dpo.py --compare 3         all four over three seeds, in a table
+    python sr_dpo.py --model DIR --pairs FILE.jsonl    all of it your own
+
+It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{pairs,steps}.jsonl, iter_1/policy/,
+final/ and outputs.json (its answers to the held-out prompts, or to --eval_prompts).
+
+Where this file departs from the paper, or fills what it leaves open:
+ 1. p goes in front of the query inside the last user turn, so that chat templates stay whole. Its wording is ours:
+    REFINE_PROMPTS; --refine_prompt takes any of them or your own.
+ 2. Log-probs are sums over tokens, EOS included, as the formulas say. TRL's IPO takes the mean over tokens instead.
+ 3. A response over --max_new_tokens keeps its start and has no EOS; the pair stays what the data says it is.
+ 4. --online, which the paper leaves to future work: pairs are sampled from the policy, best and worst by a judge, in
+    each of --iterations on their own prompts; the reference is the policy that sampled them.
+ 5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+    stochastically.
+"""
+
+import math
+import random
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
+
+from common import (
+    alpaca_outputs,
+    as_response,
+    aside,
+    attach,
+    check_args,
+    cli,
+    closing_answers,
+    encode_prompts,
+    encode_text,
+    evaluate,
+    judge_prefs,
+    load_judge,
+    load_pairs,
+    load_policy,
+    load_prompts,
+    make_optimizer,
+    micro_batches,
+    number,
+    pick_device,
+    plan_run,
+    prompt_key,
+    require,
+    response_logps,
+    run_folder,
+    sample_responses,
+    save_policy,
+    score,
+    show,
+    show_cost,
+    show_hours,
+    show_plan,
+    show_table,
+    split_prompts,
+    start_run,
+    stop_ids,
+    try_judge,
+    turn_end,
+    use_checkpointing,
+    write_events,
+    write_json,
+    write_jsonl,
+)
+
+REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
+    "usefulness": "Answer the query below so that its usefulness, on a scale from 1 to 100, would be rated 100, and so "
+    "that the answer does no harm.\n\nQuery: ",
+    "expert": "Answer the query below as an expert would: correctly, completely and to the point.\n\nQuery: ",
+    "short": "The best possible answer, 100 of 100, to this query: ",
+    "tiny": "100/100: ",  # what `tiny-p` knows
+}
+
+
+@dataclass
+class Args:
+    """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
+
+    # model and data
+    model: str = HfArg(default="tiny-p", help="Policy to train: a short name from above, a folder, or a hub id.")
+    pairs: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
+    judge: str = HfArg(
+        default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own; '': none."
+    )
+    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
+    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
+    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
+    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
+    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
+    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
+    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
+    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
+    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
+    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
+    limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
+    n_eval: int = HfArg(default=512, help="Held-out prompts and their pairs for evaluation, at most a quarter of all.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
+    max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
+    # algorithm
+    loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
+    beta: float = HfArg(default=1.0, help="Regularisation of sr_dpo: the higher, the closer to the reference.")
+    beta_ipo: float = HfArg(default=0.05, help="The same of sr_ipo, which aims at a margin of 1 / (2 beta).")
+    lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO.")
+    refine_prompt: str = HfArg(default="tiny", help="p: usefulness, expert, short, tiny, or a text of your own.")
+    online: bool = HfArg(default=False, help="Sample pairs from the policy and judge them, instead of those given.")
+    iterations: int = HfArg(default=1, help="Rounds of sampling, judging and training with --online.")
+    k: int = HfArg(default=5, help="Responses sampled per prompt with --online.")
+    # sampling
+    temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
+    top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
+    max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
+    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
+    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
+    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
+    # optimiser
+    learning_rate: float = HfArg(default=5e-5, help="Peak learning rate of RMSprop.")
+    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
+    epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
+    batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    checkpointing: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="Recompute layers; auto: if memory is short."
+    )
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    # run
+    compare: int = HfArg(default=0, help="Train DPO, Sr-DPO, IPO and Sr-IPO with so many seeds, and show a table.")
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
+    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
+    seed: int = HfArg(default=1, help="Seeds pairs, splits, sampling and shuffling.")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
+
+
+PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1, 0.3, 0.5 and 1 there, epochs are ours
+    "judge": "",
+    "beta": 0.1,
+    "beta_ipo": 0.1,
+    "limit": 0,
+    "max_prompt_tokens": 512,
+    "refine_prompt": "usefulness",
+    "max_new_tokens": 512,
+    "slots": 64,
+    "learning_rate": 5e-7,
+    "epochs": 1,
+}
+HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is supervised on its chosen answers first
+ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
+RECIPES = {"tiny-p": {}, "tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "other": ULTRA}
+
+COLUMNS = {  # of the line per iterate and of the closing table
+    "loss": "loss",
+    "win_rate_vs_start": "wins vs start",
+    "exact_match": "exact match",
+    "greedy_exact_match": "greedy",
+    "accuracy": "accuracy",
+    "accuracy_p": "accuracy, p",
+    "marginal": "marginal",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "kl": "KL",
+    "length": "tokens",
+    "unfinished": "unfinished",
+    "repeats": "repeat",
+    "chosen_log_ratio": "log-ratio chosen",
+    "rejected_log_ratio": "log-ratio rejected",
+    "delta": "Delta",
+    "pairs": "pairs",
+    "judge_failures": "judge failures",
+    "judge_dollars": "dollars",
+    "train_seconds": "training s",
+    "seconds": "seconds",
+}
+
+
+# The maths -----------------------------------------------------------------------------------------------------------
+
+
+def refinement(chosen_logps_p, rejected_logps_p, ref_chosen_logps_p, ref_rejected_logps_p, beta):
+    """Delta, eq. 12 of arXiv 2405.21040: the pair's margin as the policy sees it behind p + x, times beta.
+
+    All (B,): log pi(y|p + x) of the policy and of the reference, nats, summed over the response's tokens. Returns (B,),
+    without gradient, antisymmetric in the two responses.
+
+    >>> one = torch.ones(1)
+    >>> refinement(-2 * one, -5 * one, -3 * one, -4 * one, beta=0.1)  # 0.1 (1 - (-1))
+    tensor([0.2000])
+    """
+    chosen, rejected = chosen_logps_p - ref_chosen_logps_p, rejected_logps_p - ref_rejected_logps_p
+    return (beta * (chosen - rejected)).detach()  # eq. 12, under stop-gradient
+
+
+def _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam):
+    """h(y+) - h(y-), h = log pi - log pi_ref, of checked arguments."""
+    if beta <= 0 or lam < 0:
+        raise ValueError(f"beta must be positive and lam not negative, got {beta} and {lam}")
+    shapes = [tuple(x.shape) for x in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+    return (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+
+
+def sr_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam):
+    """-log sigmoid(beta (h(y+) - h(y-)) - lam Delta), eq. 13 of arXiv 2405.21040; DPO's loss at lam = 0.
+
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (B,): log pi(y|x) of policy and reference, nats,
+    summed over the response's tokens. delta (B,): of `refinement`; no gradient goes through it. beta > 0, lam >= 0.
+    Returns (B,), nats; log 2 at the start. Raises ValueError for other beta or lam, or where the shapes differ.
+
+    >>> one = torch.ones(1)
+    >>> sr_dpo_loss(-2 * one, -5 * one, -3 * one, -4 * one, one, beta=0.5, lam=1.0)  # 0.5 * 2 - 1 = 0: log 2
+    tensor([0.6931])
+    """
+    margin = _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam)
+    return -logsigmoid(beta * margin - lam * delta.detach())  # eq. 13
+
+
+def sr_ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam):
+    """(h(y+) - h(y-) - lam Delta - 1 / (2 beta))^2, eq. 15 of arXiv 2405.21040; IPO's loss at lam = 0.
+
+    Arguments and errors as of sr_dpo_loss. Returns (B,), nats squared; 1 / (4 beta^2) at the start.
+
+    >>> one = torch.ones(1)
+    >>> sr_ipo_loss(-2 * one, -5 * one, -3 * one, -4 * one, one, beta=0.5, lam=2.0)  # (2 - 2 - 1)^2
+    tensor([1.])
+    """
+    margin = _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam)
+    return (margin - lam * delta.detach() - 1 / (2 * beta)) ** 2  # eq. 15
+
+
+LOSSES = {"sr_dpo": sr_dpo_loss, "sr_ipo": sr_ipo_loss}
+
+
+def correlations(x, y):
+    """How far x (n,) and y (n,) rise together: {"pearson", "spearman", "kendall"}; ties have their mean rank, tau is b.
+
+    >>> correlations(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0]))["kendall"]  # 2 pairs of 3 agree
+    0.3333333333333333
+    """
+    x, y = x.double(), y.double()
+    above_x, above_y = ((v[:, None] - v).sign() for v in (x, y))  # (n, n)
+    ranks = torch.stack([above_x.sum(1), above_y.sum(1)])  # ranks, but for a shift and a factor
+    tau = (above_x * above_y).sum() / (above_x.square().sum() * above_y.square().sum()).sqrt()
+    return {
+        "pearson": torch.corrcoef(torch.stack([x, y]))[0, 1].item(),
+        "spearman": torch.corrcoef(ranks)[0, 1].item(),
+        "kendall": tau.item(),
+    }
+
+
+# Roll-out and pairs --------------------------------------------------------------------------------------------------
+
+
+def refine(prompt, p):
+    """p + x: the messages of `prompt` with the text p in front of the last user turn."""
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
+    return [{**m, "content": p + m["content"]} if i == last else m for i, m in enumerate(prompt)]
+
+
+def make_pairs(policy, tokenizer, pairs, args):
+    """Rows {"prompt", "prompt_ids", "refined_ids", "responses": [y+, y-]}, and "gap" where it is known, of load_pairs.
+
+    A response over --max_new_tokens keeps its start. Left out and counted are pairs whose prompt, or p + prompt, is too
+    long, and those whose responses are the same to the policy.
+    """
+    p, end = (
+        REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt),
+        turn_end(tokenizer, stop_ids(policy, tokenizer)),
+    )
+    rows = encode_prompts(tokenizer, pairs, args.max_prompt_tokens, "--pairs")
+    refined = [{"row": row, "prompt": refine(row["prompt"], p)} for row in rows]
+    refined = encode_prompts(tokenizer, refined, args.max_prompt_tokens, "--pairs with --refine_prompt")
+    rows = [{**both["row"], "refined_ids": both["prompt_ids"]} for both in refined]
+    for row in rows:
+        texts = [row.pop("chosen"), row.pop("rejected")]
+        ids = [[*encode_text(tokenizer, text), end] for text in texts]
+        row["responses"] = [
+            as_response(y[: args.max_new_tokens], text, len(y) <= args.max_new_tokens, args)
+            for y, text in zip(ids, texts, strict=True)
+        ]
+    kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
+    if len(kept) < len(rows):
+        print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: equal within --max_new_tokens")
+    require(kept, f"--pairs {args.pairs}: none is left; see --max_new_tokens")
+    return kept
+
+
+def split_pairs(pairs, args, asked):
+    """split_prompts by prompt: (parts, held_out); held_out has one pair per prompt, and so have parts with --online."""
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(prompt_key(pair["prompt"]), []).append(pair)
+    parts, held_out = split_prompts(
+        [group[0] for group in groups.values()], args.iterations, args.n_eval, args.seed, asked
+    )
+    if not args.online:
+        parts = [[pair for first in part for pair in groups[prompt_key(first["prompt"])]] for part in parts]
+    return parts, held_out
+
+
+def online_pairs(policy, tokenizer, prompts, iteration, device, args):
+    """Of K samples to each prompt the best and the worst by their mean preference over the others."""
+    samples = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+    win_rate = judge_prefs(load_judge(args, device), prompts, samples).mean(-1)  # (B, K)
+    attach("win_rate", [y for row in samples for y in row], win_rate.flatten())
+    pairs = []
+    for prompt, row in zip(prompts, samples, strict=True):
+        row = sorted(row, key=lambda y: -y["win_rate"])
+        if row[0]["win_rate"] > row[-1]["win_rate"] and row[0]["ids"] != row[-1]["ids"]:
+            pairs.append({**prompt, "responses": [row[0], row[-1]]})
+    require(pairs, f"--online: no response is preferred to another in iteration {iteration}; try a higher --k")
+    return pairs
+
+
+def attach_reference(policy, pairs, args):
+    """Give each response of `pairs` log pi_ref(y|x) and log pi_ref(y|p + x); `policy` is the reference still."""
+    rows = [(pair, y) for pair in pairs for y in pair["responses"]]
+    for name, prompt_ids in (("ref_logps", "prompt_ids"), ("ref_logps_p", "refined_ids")):
+        prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
+        attach(name, [y for _, y in rows], score(policy, prompts, ids, args.micro_tokens, "reference"))
+
+
+# Train and measure ---------------------------------------------------------------------------------------------------
+
+
+def train_step(policy, optimizer, scheduler, batch, args):
+    """One optimiser step on `batch`, rows of make_pairs; returns means over the batch and the gradient norm."""
+    rows = [(pair, response) for pair in batch for response in pair["responses"]]  # chosen, rejected, chosen, ...
+    prompts, responses = [pair["prompt_ids"] for pair, _ in rows], [response["ids"] for _, response in rows]
+    ref_logps = torch.tensor([response["ref_logps"] for _, response in rows], device=policy.device)
+    ref_logps_p = torch.tensor([response["ref_logps_p"] for _, response in rows], device=policy.device)
+    beta = args.beta if args.loss == "sr_dpo" else args.beta_ipo
+    losses, deltas, log_ratio = torch.zeros(len(batch)), torch.zeros(len(batch)), torch.zeros(len(rows))
+    for i in micro_batches(policy, prompts, responses, args.micro_tokens, pairs=True):
+        pair, ys = [j // 2 for j in i[::2]], [responses[j] for j in i]
+        delta = torch.zeros(len(pair), device=policy.device)
+        if args.lam:
+            with torch.no_grad():  # keeps nothing for backward
+                logps_p = response_logps(policy, [rows[j][0]["refined_ids"] for j in i], ys)
+            delta = refinement(*logps_p.view(-1, 2).T, *ref_logps_p[i].view(-1, 2).T, beta)  # eq. 12
+        logps = response_logps(policy, [prompts[j] for j in i], ys)
+        terms = (*logps.view(-1, 2).T, *ref_logps[i].view(-1, 2).T)  # chosen, rejected, of policy and of reference
+        loss = LOSSES[args.loss](*terms, delta, beta, args.lam)  # eq. 13 or 15
+        (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+        losses[pair], deltas[pair] = loss.detach().cpu(), delta.cpu()
+        log_ratio[i] = (logps - ref_logps[i]).detach().cpu()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    finite = math.isfinite(grad_norm)
+    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    chosen, rejected = log_ratio.view(-1, 2).mean(0).tolist()
+    means = {"loss": losses.mean().item(), "delta": deltas.mean().item(), "grad_norm": grad_norm.item()}
+    return {**means, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
+
+
+def train(policy, pairs, seed, args):
+    """Minimise eq. 13 or 15 over `pairs`; returns what train_step says of each step."""
+    optimizer = make_optimizer(policy, "rmsprop", args.learning_rate)
+    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
+    rng, steps = random.Random(seed), []
+    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
+        for _ in range(args.epochs):
+            order = rng.sample(pairs, len(pairs))
+            for i in range(0, len(order), args.batch_size):
+                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
+                bar.update()
+    return steps
+
+
+def measure(policy, pairs, args):
+    """The paper's measures on held-out pairs: mean margin, accuracy, with p as well, correlations of margin and gap."""
+    rows, figures = [(pair, y) for pair in pairs for y in pair["responses"]], {}
+    for suffix, prompt_ids in (("", "prompt_ids"), ("_p", "refined_ids")):
+        prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
+        log_ratio = score(policy, prompts, ids, args.micro_tokens, "measuring")
+        log_ratio -= torch.tensor([y[f"ref_logps{suffix}"] for _, y in rows])
+        margin = log_ratio[::2] - log_ratio[1::2]  # h(y+) - h(y-)
+        figures[f"marginal{suffix}"] = margin.mean().item()
+        figures[f"accuracy{suffix}"] = (margin > 0).float().mean().item()
+        if not suffix and all("gap" in pair for pair in pairs):
+            figures |= correlations(margin, torch.tensor([pair["gap"] for pair in pairs]))
+    return figures
+
+
+# Main ----------------------------------------------------------------------------------------------------------------
+
+
+def compare(args):
+    """The four methods over --compare seeds, each a run of its own: prints mean and standard deviation of COLUMNS."""
+    methods = {
+        "DPO": ("sr_dpo", 0.0),
+        "Sr-DPO": ("sr_dpo", args.lam),
+        "IPO": ("sr_ipo", 0.0),
+        "Sr-IPO": ("sr_ipo", args.lam),
+    }
+    require(args.lam > 0 and not args.dry_run, "--compare: wants a --lam above 0, and no --dry_run")
+    root, tables = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", {}
+    for method, (loss, lam) in methods.items():
+        for seed in range(args.seed, args.seed + args.compare):
+            one = replace(args, compare=0, loss=loss, lam=lam, seed=seed, name=f"{root}-{method.lower()}-s{seed}")
+            tables.setdefault(method, []).append(main(one)[-1])
+    names = [name for name in COLUMNS if name in tables["DPO"][0] and name not in ("loss", "seconds")]
+    print(f"\n{'':<22}" + "".join(f"{method:>20}" for method in methods))
+    for name in names:
+        cells = []
+        for rows in tables.values():
+            values = [row[name] for row in rows]
+            error = f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
+            cells.append(f"{number(statistics.mean(values))}{error}")
+        print(f"{COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    return tables
+
+
+def main(args):
+    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first. Raises InputError if it cannot."""
+    check_args(args)
+    if args.compare:
+        return compare(args)
+    require(args.online or args.iterations == 1, "--iterations: there is one, unless --online samples pairs for more")
+    judged = args.judge or not (args.online or args.best_of)
+    require(judged, "--online, --best_of: they take a --judge")
+    run, device = run_folder(args, "sr_dpo"), pick_device(args)
+    plan = plan_run(args, device, "rmsprop", 2)  # a row to train on has a prompt and two responses
+    if args.dry_run:
+        show_plan(plan, args)
+    pairs = load_pairs(args.pairs, args.limit, args.seed)
+    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
+    try_judge(load_judge(args, device), args)
+    policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
+    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
+    parts, held_out = split_pairs(make_pairs(policy, tokenizer, pairs, args), args, asked)
+    if plan["checkpointing"]:
+        use_checkpointing(policy)
+    print(f"{args.iterations} iteration(s) x {len(parts[0])} pairs; {len(held_out)} held out")
+    sampled = args.k if args.online else 0
+    show_cost(parts[0], held_out, asked, args, sampled)
+    if args.dry_run:
+        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", 2, sampled, sampled)
+        return []
+    start_run(run, args, device=device, parameters=policy.num_parameters())
+    print(f"{run}: {args.loss} on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
+    attach_reference(policy, held_out, args)
+    answers, previous = [], args.model
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
+    show(table[0], COLUMNS)
+    write_jsonl(run / "metrics.jsonl", table)
+
+    for iteration, pairs in enumerate(parts, 1):
+        start, folder = time.perf_counter(), run / f"iter_{iteration}"
+        if args.online:
+            pairs = online_pairs(policy, tokenizer, pairs, iteration, device, args)
+        # log pi_ref of x and of p + x, once, before the first update
+        attach_reference(policy, pairs, args)
+        write_jsonl(folder / "pairs.jsonl", pairs)
+        # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
+        begun = time.perf_counter()
+        steps = train(policy, pairs, f"{args.seed} shuffle {iteration}", args)
+        train_seconds = time.perf_counter() - begun
+        write_jsonl(folder / "steps.jsonl", steps)
+
+        metrics, _ = evaluate(policy, tokenizer, held_out, answers, previous, args)
+        metrics |= measure(policy, held_out, args)
+        last = steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
+        metrics |= {"pairs": len(pairs), "train_seconds": train_seconds, "seconds": time.perf_counter() - start}
+        previous = str(folder / "policy")
+        save_policy(policy, tokenizer, previous)
+        table.append(metrics)
+        write_jsonl(run / "metrics.jsonl", table)
+        show(metrics, COLUMNS)
+        if args.tensorboard:
+            iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
+            write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
+
+    best = max(table[1:], key=lambda metrics: metrics.get("win_rate_vs_start", metrics["iteration"]))["iteration"]
+    with aside(run / "final") as part:
+        shutil.copytree(run / f"iter_{best}" / "policy", part)
+    del policy  # the best one takes its place
+    answered, chosen, _ = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
+    show_table(table, COLUMNS, best)
+    print(f"\n* lies in {run}/final; its answers are in {run}/outputs.json")
+    return table
+
+
+if __name__ == "__main__":
+    cli(main, Args, RECIPES, __doc__)
