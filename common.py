@@ -1115,6 +1115,19 @@ def split_prompts(prompts, iterations, n_eval, seed, asked=()):
     return parts, held_out
 
 
+def split_pairs(pairs, args, asked):
+    """split_prompts by prompt: (parts, held_out); held_out has one pair per prompt, and so have parts with --online."""
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(prompt_key(pair["prompt"]), []).append(pair)
+    parts, held_out = split_prompts(
+        [group[0] for group in groups.values()], args.iterations, args.n_eval, args.seed, asked
+    )
+    if not args.online:
+        parts = [[pair for first in part for pair in groups[prompt_key(first["prompt"])]] for part in parts]
+    return parts, held_out
+
+
 def render(tokenizer, messages):
     """The text that the model reads, up to where its answer begins; without a chat template just the contents."""
     if not tokenizer.chat_template:
@@ -2643,6 +2656,23 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
     metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
     metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
     return metrics, prefs
+
+
+def correlations(x, y):
+    """How far x (n,) and y (n,) rise together: {"pearson", "spearman", "kendall"}; ties have their mean rank, tau is b.
+
+    >>> correlations(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0]))["kendall"]  # 2 pairs of 3 agree
+    0.3333333333333333
+    """
+    x, y = x.double(), y.double()
+    above_x, above_y = ((v[:, None] - v).sign() for v in (x, y))  # (n, n)
+    ranks = torch.stack([above_x.sum(1), above_y.sum(1)])  # ranks, but for a shift and a factor
+    tau = (above_x * above_y).sum() / (above_x.square().sum() * above_y.square().sum()).sqrt()
+    return {
+        "pearson": torch.corrcoef(torch.stack([x, y]))[0, 1].item(),
+        "spearman": torch.corrcoef(ranks)[0, 1].item(),
+        "kendall": tau.item(),
+    }
 
 
 def gold_responses(policy, tokenizer, parts, args):

@@ -46,6 +46,7 @@ from common import (
     check_args,
     cli,
     closing_answers,
+    correlations,
     encode_prompts,
     encode_text,
     evaluate,
@@ -59,7 +60,6 @@ from common import (
     number,
     pick_device,
     plan_run,
-    prompt_key,
     require,
     response_logps,
     run_folder,
@@ -71,7 +71,7 @@ from common import (
     show_hours,
     show_plan,
     show_table,
-    split_prompts,
+    split_pairs,
     start_run,
     stop_ids,
     try_judge,
@@ -192,6 +192,15 @@ COLUMNS = {  # of the line per iterate and of the closing table
     "train_seconds": "training s",
     "seconds": "seconds",
 }
+MEASURES = [
+    "exact_match",
+    "greedy_exact_match",
+    "win_rate_vs_start",
+    "accuracy",
+    "accuracy_p",
+    "marginal",
+]  # of --compare
+MEASURES += ["pearson", "spearman", "kendall", "kl", "length", "train_seconds"]
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -252,23 +261,6 @@ def sr_ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_log
 LOSSES = {"sr_dpo": sr_dpo_loss, "sr_ipo": sr_ipo_loss}
 
 
-def correlations(x, y):
-    """How far x (n,) and y (n,) rise together: {"pearson", "spearman", "kendall"}; ties have their mean rank, tau is b.
-
-    >>> correlations(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0]))["kendall"]  # 2 pairs of 3 agree
-    0.3333333333333333
-    """
-    x, y = x.double(), y.double()
-    above_x, above_y = ((v[:, None] - v).sign() for v in (x, y))  # (n, n)
-    ranks = torch.stack([above_x.sum(1), above_y.sum(1)])  # ranks, but for a shift and a factor
-    tau = (above_x * above_y).sum() / (above_x.square().sum() * above_y.square().sum()).sqrt()
-    return {
-        "pearson": torch.corrcoef(torch.stack([x, y]))[0, 1].item(),
-        "spearman": torch.corrcoef(ranks)[0, 1].item(),
-        "kendall": tau.item(),
-    }
-
-
 # Roll-out and pairs --------------------------------------------------------------------------------------------------
 
 
@@ -304,19 +296,6 @@ def make_pairs(policy, tokenizer, pairs, args):
         print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: equal within --max_new_tokens")
     require(kept, f"--pairs {args.pairs}: none is left; see --max_new_tokens")
     return kept
-
-
-def split_pairs(pairs, args, asked):
-    """split_prompts by prompt: (parts, held_out); held_out has one pair per prompt, and so have parts with --online."""
-    groups = {}
-    for pair in pairs:
-        groups.setdefault(prompt_key(pair["prompt"]), []).append(pair)
-    parts, held_out = split_prompts(
-        [group[0] for group in groups.values()], args.iterations, args.n_eval, args.seed, asked
-    )
-    if not args.online:
-        parts = [[pair for first in part for pair in groups[prompt_key(first["prompt"])]] for part in parts]
-    return parts, held_out
 
 
 def online_pairs(policy, tokenizer, prompts, iteration, device, args):
@@ -423,13 +402,12 @@ def compare(args):
         for seed in range(args.seed, args.seed + args.compare):
             one = replace(args, compare=0, loss=loss, lam=lam, seed=seed, name=f"{root}-{method.lower()}-s{seed}")
             tables.setdefault(method, []).append(main(one)[-1])
-    names = [name for name in COLUMNS if name in tables["DPO"][0] and name not in ("loss", "seconds")]
     print(f"\n{'':<22}" + "".join(f"{method:>20}" for method in methods))
-    for name in names:
+    for name in [name for name in MEASURES if name in tables["DPO"][0]]:
         cells = []
         for rows in tables.values():
             values = [row[name] for row in rows]
-            error = f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
+            error = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{number(statistics.mean(values))}{error}")
         print(f"{COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
     return tables

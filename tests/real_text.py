@@ -92,7 +92,7 @@ def main():
         )
         policy = transformers.LlamaForCausalLM(config).eval()
         one = sr_dpo.Args(**settings, seed=seed)
-        parts, held_out = sr_dpo.split_pairs(sr_dpo.make_pairs(policy, tokenizer, pairs, one), one, [])
+        parts, held_out = common.split_pairs(sr_dpo.make_pairs(policy, tokenizer, pairs, one), one, [])
         begun = time.perf_counter()
         supervise(policy, parts[0], args.epochs, seed)
         starts.append((per_token(policy, held_out, "prompt_ids"), per_token(policy, held_out, "refined_ids")))
@@ -107,11 +107,10 @@ def main():
     plain, refined = zip(*starts, strict=True)
     print(f"\nnats per token of held-out chosen answers: {mean(plain):.3f} behind x, {mean(refined):.3f} behind p + x")
     print(f"{'':<22}" + "".join(f"{method:>20}" for method in tables))
-    for name, title in sr_dpo.COLUMNS.items():
-        if name in tables["DPO"][0]:
-            columns = [[row[name] for row in rows] for rows in tables.values()]
-            cells = [f"{mean(v):.3g} ± {stdev(v):.2g}" if len(v) > 1 else f"{mean(v):.3g}" for v in columns]
-            print(f"{title:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    for name in [name for name in sr_dpo.MEASURES if name in tables["DPO"][0]]:
+        columns = [[row[name] for row in rows] for rows in tables.values()]
+        cells = [f"{mean(v):.3g} ± {stdev(v):.2g}" if len(v) > 1 else f"{mean(v):.3g}" for v in columns]
+        print(f"{sr_dpo.COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 if __name__ == "__main__":

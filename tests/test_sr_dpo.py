@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import sr_dpo
-from sr_dpo import Args, correlations, refine, refinement, sr_dpo_loss, sr_ipo_loss
+from common import correlations
+from sr_dpo import Args, refine, refinement, sr_dpo_loss, sr_ipo_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,7 +266,7 @@ def test_what_is_left_out_is_counted(workdir, capsys):
 def test_pairs_of_one_prompt_stay_on_one_side(workdir):
     pairs = [pair_of(f"{i}", f"{j}", "9999") for i in range(100, 140) for j in range(3)]
     rows, _ = rows_of(pairs)
-    parts, held_out = sr_dpo.split_pairs(rows, Args(n_eval=8), [])
+    parts, held_out = common.split_pairs(rows, Args(n_eval=8), [])
     texts = [{common.prompt_key(row["prompt"]) for row in part} for part in (parts[0], held_out)]
     assert len(held_out) == 8 and len(parts[0]) == 3 * 32 and not texts[0] & texts[1]
 
