@@ -32,6 +32,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -66,6 +67,7 @@ from transformers import (
     DebertaV2PreTrainedModel,
     DynamicCache,
     HfArgumentParser,
+    get_linear_schedule_with_warmup,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -112,6 +114,7 @@ LIMITS = {
     **dict.fromkeys(("learning_rate", "top_p", "repeat_share"), (lambda v: 0 < v <= 1, "in (0, 1]")),
     **dict.fromkeys(("temperature", "judge_temperature"), (lambda v: 0.01 <= v <= 100, "in [0.01, 100]")),
     "limit": (lambda v: 0 <= v <= 10**6, "between 0 (all) and a million"),
+    "checkpoint_minutes": (lambda v: 0 <= v <= 10**6, "between 0 (after each step) and a million"),
     "best_of": (lambda v: v == 0 or 2 <= v <= 128, "0 (none) or between 2 and 128"),
     "k": (lambda v: 2 <= v <= 128, "at least 2, to have something to compare with, and at most 128"),
     "n_eval": (lambda v: 2 <= v <= 10**7, "at least 2, to have a standard error, and at most ten million"),
@@ -136,7 +139,9 @@ def check_args(args):
         require(test(value), f"--{name} {value}: must be {words}")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use --device cpu")
     plain = not args.name or re.fullmatch(r"(?!tiny-|judge\.jsonl)[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", args.name)
-    require(plain, f"--name {args.name!r}: letters, digits and . _ + - make a name, and it may not begin with tiny-")
+    require(
+        plain, f"--name {args.name!r}: at most 100 letters, digits and . _ + - make a name; it may not begin with tiny-"
+    )
     found = not args.tensorboard or importlib.util.find_spec("tensorboard")
     require(found, "--tensorboard: its package is not installed: pip install tensorboard")
 
@@ -170,19 +175,41 @@ def cli(main, args_class, recipes, description, argv=None):
     parser.set_defaults(**recipes.get(model, recipes["other"]))
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to lose a run
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both stop as Ctrl-C does
     try:
-        main(args_class(**vars(parser.parse_args(argv))))
+        args = args_class(**vars(parser.parse_args(argv)))
+        if args.resume:  # the run's own values are the defaults, and what differs from them is refused
+            config = read_config(args.resume)
+            parser.set_defaults(**{name: config.get(name, value) for name, value in vars(args).items()}, resume="")
+            args = args_class(**vars(parser.parse_args(argv)))
+            other = [n for n, v in vars(args).items() if n not in ("resume", "dry_run") and v != config.get(n, v)]
+            words = ", ".join(f"--{n} {getattr(args, n)} (there {config[n]})" for n in other)
+            require(not other, f"--resume {args.resume}: it was begun with other values: {words}")
+        main(args)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
 
+def read_config(folder):
+    """The config.json of a run's folder."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        require(isinstance(config, dict), "no object")
+        return config
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume {folder}: no run's folder, its config.json cannot be read ({error})") from None
+
+
 def run_folder(args, script):
-    """The folder of this run, checked but not yet made: runs/NAME, by default named after script, model, seed and time.
+    """The folder of this run, checked but not yet made: --resume's, else runs/NAME, by default named after script,
+    model, seed and time.
 
     Raises InputError when it is taken, since a run never overwrites another, or when it could not be written.
     """
+    if args.resume:
+        return Path(args.resume)
     model, stamp = re.sub(r"[^A-Za-z0-9._+]+", "-", Path(args.model).name)[:60], time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / (args.name or f"{script}-{model}-s{args.seed}-{stamp}")
     taken = f"--name {folder.name}: {folder} is taken; a run never overwrites another: remove it or choose another name"
@@ -194,13 +221,36 @@ def run_folder(args, script):
 
 
 def start_run(folder, args, **facts):
-    """Make the run folder and write config.json: every effective value, `facts`, and the versions."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    """Make the run folder and write config.json: every effective value, `facts`, and the versions; or go on in it.
+
+    The folder is locked until the process ends. Raises InputError when another process has it, or when facts differ.
+    """
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(folder / "config.json", {**vars(args), **facts, "versions": versions})
+    if args.resume:
+        config = read_config(folder)
+        for name, value in facts.items():
+            known = config.get(name)
+            require(known == value, f"--resume {folder}: it was begun with another {name}: {known}, not {value}")
+        if config.get("versions") != versions:
+            print(f"{folder} was begun with {config.get('versions')}: what follows may differ in rounding")
+    else:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        _locks[folder] = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+        try:
+            fcntl.flock(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process is at work in it") from None
+    if not args.resume:
+        write_json(folder / "config.json", {**vars(args), **facts, "versions": versions})
+
+
+_locks = {}
 
 
 @contextlib.contextmanager
@@ -211,6 +261,10 @@ def aside(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -232,6 +286,47 @@ def write_jsonl(path, rows):
     with aside(path) as file:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_jsonl(path):
+    """The rows of a file by write_jsonl. Raises InputError naming the file where it is damaged."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it, and --resume makes it anew") from None
+
+
+def stage(path, items, make, chunk=0):
+    """make(items), a row per item, done once: what lies in the .jsonl file at `path`, or else written there.
+
+    With `chunk` items are made so many at a time, and rows of whole chunks are kept in a file beside `path` until all
+    are done, so that a run that was killed goes on from its last whole chunk.
+    """
+    path = Path(path)
+    if path.exists():
+        return read_jsonl(path)
+    chunk = chunk or max(1, len(items))
+    part, rows = path.with_name(f"{path.name}.part"), []
+    if part.exists():
+        for line in part.read_bytes().split(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # the last one, cut short
+                break
+    rows = rows[: len(rows) // chunk * chunk]
+    if len(items) > chunk:
+        write_jsonl(part, rows)
+    for i in range(len(rows), len(items), chunk):
+        new = make(items[i : i + chunk])
+        rows += new
+        if len(items) > chunk:
+            with open(part, "ab") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+                file.flush()
+                os.fsync(file.fileno())
+    write_jsonl(path, rows)
+    part.unlink(missing_ok=True)
+    return rows
 
 
 def write_events(folder, tables):
@@ -1094,7 +1189,7 @@ def load_gold(source):
     return _load("--gold", source, read_gold, lambda row: prompt_key(row["prompt"]), 0)
 
 
-def split_prompts(prompts, iterations, n_eval, seed, asked=()):
+def split_prompts(prompts, iterations, n_eval, seed, asked=(), flag="--prompts"):
     """Shuffle, hold out `n_eval` (at most a quarter), cut the rest in equal parts: (parts, held_out), all disjoint.
 
     By content, not by index. prompts, asked: rows of encode_prompts; those of `asked`, for --eval_prompts, are in none.
@@ -1107,7 +1202,7 @@ def split_prompts(prompts, iterations, n_eval, seed, asked=()):
     n_eval = min(n_eval, len(prompts) // 4)
     size = (len(prompts) - n_eval) // iterations
     enough = n_eval >= 2 and size >= 1
-    require(enough, f"--prompts: {len(prompts)} left, too few for {iterations} iterations and a held-out part")
+    require(enough, f"{flag}: {len(prompts)} left, too few for {iterations} iterations and a held-out part")
     held_out, rest = prompts[:n_eval], prompts[n_eval:]
     parts = [rest[i * size : (i + 1) * size] for i in range(iterations)]
     texts = [keys, *({prompt_key(p["prompt"]) for p in part} for part in [held_out, *parts])]
@@ -1120,9 +1215,11 @@ def split_pairs(pairs, args, asked):
     groups = {}
     for pair in pairs:
         groups.setdefault(prompt_key(pair["prompt"]), []).append(pair)
-    parts, held_out = split_prompts(
-        [group[0] for group in groups.values()], args.iterations, args.n_eval, args.seed, asked
-    )
+    firsts = [group[0] for group in groups.values()]
+    parts, held_out = split_prompts(firsts, args.iterations, args.n_eval, args.seed, asked, "--pairs")
+    more = sum(len(groups[prompt_key(pair["prompt"])]) - 1 for pair in held_out)
+    if more:
+        print(f"--pairs: {more} left out: further pairs of held-out prompts")
     if not args.online:
         parts = [[pair for first in part for pair in groups[prompt_key(first["prompt"])]] for part in parts]
     return parts, held_out
@@ -2547,15 +2644,16 @@ def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, ran
     training = response * (trained * len(prompts) * passes + len(held_out) * 2 / 3)
     training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
     hours = [f"{s / 3600:.2g}" for s in (sampling, judging, args.iterations * training)]
-    judged = (
-        f"judging {hours[1]} ({two:.2g} s for two responses in one order)" if local else "judging as its server takes"
-    )
+    judged = f"judging {hours[1]} ({two:.2g} s for two responses in one order)" if local else "judging not known"
     print(f"  hours       sampling {hours[0]}, training {hours[2]}, {judged}, at --max_new_tokens a response")
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # 9. In the scripts' main
 # ------------------------------------------------------------------------------------------------------------------
+
+
+CHUNK_OF_PROMPTS = 4096  # prompts sampled or judged between two writes
 
 
 def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling"):
@@ -2576,6 +2674,40 @@ def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling")
         )
     text = partial(tokenizer.decode, skip_special_tokens=True)
     return [[as_response(r.ids, text(r.ids), r.finished, args) for r in row] for row in sampled]
+
+
+def sampling_stage(policy, tokenizer, prompts, k, seed, folder, args, given=None):
+    """sample_responses as a stage: responses.jsonl, a row per prompt; or the `given` ones."""
+
+    def make(prompts):
+        rows = given or sample_responses(policy, tokenizer, prompts, k, seed, args)
+        return [{**prompt, "responses": row} for prompt, row in zip(prompts, rows, strict=True)]
+
+    rows = stage(folder / "responses.jsonl", prompts, make, 0 if given else CHUNK_OF_PROMPTS)
+    return [row["responses"] for row in rows]
+
+
+def judging_stage(prompts, responses, folder, device, args):
+    """judge_prefs as a stage: preferences.jsonl, a row {"prefs": (K, K)} per prompt. Returns prefs (B, K, K)."""
+
+    def make(rows):
+        prefs = judge_prefs(load_judge(args, device), *zip(*rows, strict=True))
+        return [{"prefs": matrix} for matrix in prefs.tolist()]
+
+    items = list(zip(prompts, responses, strict=True))
+    rows = stage(folder / "preferences.jsonl", items, make, CHUNK_OF_PROMPTS)
+    return torch.tensor([row["prefs"] for row in rows])
+
+
+def reference_stage(policy, pairs, folder, args, names=(("ref_logps", "prompt_ids"),)):
+    """attach_ref_logps as a stage, for each of `names`: pairs.jsonl. Returns the pairs."""
+
+    def make(pairs):
+        for name, prompt_ids in names:
+            attach_ref_logps(policy, pairs, args, name, prompt_ids)
+        return pairs
+
+    return stage(folder / "pairs.jsonl", pairs, make)
 
 
 def as_response(ids, text, finished, args):
@@ -2616,16 +2748,24 @@ def given_responses(policy, tokenizer, prompts, args):
     return kept, rows
 
 
-def evaluate(policy, tokenizer, held_out, answers, previous, args):
+def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
     """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
 
     answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
-    iterate before this one, a name or folder for load_policy. Returns the metrics, and prefs (held-out prompts,
-    iterates, iterates), 1/2 for the start alone.
+    iterate before this one, a name or folder for load_policy. folder: where answers.jsonl and evaluation.json go, and
+    come from where they are there. Returns the metrics, and prefs (held-out prompts, iterates, iterates), 1/2 for the
+    start alone.
     """
     t = len(answers)
-    new = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args, "evaluating")
-    answers.append([row[0] for row in new])
+
+    def answer(prompts):
+        rows = sample_responses(policy, tokenizer, prompts, 1, f"{args.seed} evaluate {t}", args, "evaluating")
+        return [row[0] for row in rows]
+
+    answers.append(stage(folder / "answers.jsonl", held_out, answer, CHUNK_OF_PROMPTS))
+    if (folder / "evaluation.json").exists():
+        done = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        return done["metrics"], torch.tensor(done["prefs"])
     graded = {"": answers[t]} if hasattr(JUDGES.get(args.judge), "metrics") else {}
     if graded:  # the most likely answers as well, which need not get better with the samples
         most_likely = replace(args, temperature=0.0, top_p=1.0)
@@ -2655,6 +2795,7 @@ def evaluate(policy, tokenizer, held_out, answers, previous, args):
     metrics["length_vs_start"] = metrics["length"] / length[0].mean().item()
     metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
     metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
+    write_json(folder / "evaluation.json", {"metrics": metrics, "prefs": prefs.tolist()})
     return metrics, prefs
 
 
@@ -2697,6 +2838,106 @@ def gold_responses(policy, tokenizer, parts, args):
     if missing:
         print(f"--gold: missing for {missing} of {n} prompts, which have student pairs only")
     return golds
+
+
+def attach_ref_logps(policy, pairs, args, name="ref_logps", prompt_ids="prompt_ids"):
+    """Give each response of `pairs` as `name` its log-prob behind pair[prompt_ids]; `policy` still is the reference."""
+    rows = {}  # the same response to the same prompt is scored once
+    for pair in pairs:
+        for y in pair["responses"]:
+            rows.setdefault((tuple(pair[prompt_ids]), tuple(y["ids"])), []).append(y)
+    prompts, ids = [list(x) for x, _ in rows], [list(y) for _, y in rows]
+    for same, logp in zip(
+        rows.values(), score(policy, prompts, ids, args.micro_tokens, "reference").tolist(), strict=True
+    ):
+        for y in same:
+            y[name] = logp
+
+
+def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, args):
+    """train_step(policy, optimizer, scheduler, batch, args) on batches of `pairs`, shuffled; what each returned.
+
+    folder: where steps.jsonl and policy/ go. Where policy/ is there, it is loaded. Every --checkpoint_minutes, and when
+    Ctrl-C or SIGTERM ends the run after its step, everything is saved that training needs to go on.
+    """
+    if (folder / "policy").exists():
+        copy_weights(load_policy(str(folder / "policy"), policy.device)[0], policy)
+        return read_jsonl(folder / "steps.jsonl")
+    optimizer = make_optimizer(policy, "rmsprop", learning_rate)
+    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
+    steps = load_checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler)
+    rng, saved = random.Random(seed), time.monotonic()
+    orders = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]
+    batches = [order[i : i + args.batch_size] for order in orders for i in range(0, len(order), args.batch_size)]
+    with stop_after_step() as stopped:
+        for batch in tqdm(batches[len(steps) :], desc="training", unit="step", leave=False, disable=None):
+            steps.append(train_step(policy, optimizer, scheduler, batch, args))
+            due = time.monotonic() - saved >= 60 * args.checkpoint_minutes
+            if (stopped or due) and len(steps) < n_steps:
+                save_checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, steps)
+                saved = time.monotonic()
+            if stopped:
+                raise KeyboardInterrupt
+    write_jsonl(folder / "steps.jsonl", steps)
+    save_policy(policy, tokenizer, folder / "policy")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return steps
+
+
+@contextlib.contextmanager
+def stop_after_step():
+    """A list that is no longer empty after the first Ctrl-C or SIGTERM; the second one ends the block at once."""
+    stopped, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number, frame):
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    try:
+        before = [signal.signal(number, stop) for number in signals]
+    except ValueError:  # not in the main thread: there is nobody to press Ctrl-C
+        before = []
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(signals, before, strict=False):
+            signal.signal(number, handler)
+
+
+def save_checkpoint(file, policy, optimizer, scheduler, steps):
+    """Everything that training needs to go on to the bit: weights with their master, optimiser, schedule, steps."""
+    weights = {name: p.data for name, p in policy.named_parameters()}
+    rests = {name: p.master_remainder for name, p in policy.named_parameters() if hasattr(p, "master_remainder")}
+    state = {"weights": weights, "rests": rests, "optimizer": optimizer.state_dict(), "steps": steps}
+    with aside(file) as part:
+        torch.save({**state, "scheduler": scheduler.state_dict()}, part)
+
+
+def load_checkpoint(file, policy, optimizer, scheduler):
+    """Go back to what save_checkpoint saved: the list of steps done, empty where there is no file."""
+    if not file.exists():
+        return []
+    try:
+        state = torch.load(file, map_location=policy.device, weights_only=True)
+    except Exception as error:
+        raise InputError(f"{file}: damaged ({error}); remove it, and --resume trains this iteration anew") from None
+    for name, p in policy.named_parameters():
+        p.data = state["weights"][name]
+        if name in state["rests"]:
+            p.master_remainder = state["rests"][name]
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["steps"]
+
+
+def copy_weights(source, policy):
+    """Give `policy` the parameters of `source`, and what bf16 leaves out of their master."""
+    for p, q in zip(policy.parameters(), source.parameters(), strict=True):
+        p.data = q.data
+        if hasattr(q, "master_remainder"):
+            p.master_remainder = q.master_remainder
 
 
 def attach(name, rows, values):

@@ -41,11 +41,10 @@ from typing import Literal
 
 import torch
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from common import (
+    CHUNK_OF_PROMPTS,
     alpaca_outputs,
     are_sound,
     as_prefs,
@@ -62,16 +61,14 @@ from common import (
     load_judge,
     load_policy,
     load_prompts,
-    make_optimizer,
     micro_batches,
     pick_device,
     plan_run,
+    reference_stage,
     require,
     response_logps,
     run_folder,
-    sample_responses,
-    save_policy,
-    score,
+    sampling_stage,
     show,
     show_cost,
     show_hours,
@@ -79,7 +76,9 @@ from common import (
     show_plan,
     show_table,
     split_prompts,
+    stage,
     start_run,
+    train,
     try_judge,
     use_checkpointing,
     win_matrix,
@@ -151,6 +150,8 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # run
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
+    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
@@ -274,6 +275,20 @@ def rank(prompts, candidates, device, args):
             attach("points", flat, opinion.where(are_sound(rows) | opinion.isnan(), 0.0).flatten())
 
 
+def ranking_stage(prompts, candidates, folder, device, args):
+    """rank as a stage: preferences.jsonl, per prompt {"win_rate": [...]} and, if the judge gives them, "points"."""
+
+    def make(rows):
+        rank([prompt for prompt, _ in rows], [row for _, row in rows], device, args)
+        return [{name: [y[name] for y in row] for name in ("win_rate", "points") if name in row[0]} for _, row in rows]
+
+    rows = stage(folder / "preferences.jsonl", list(zip(prompts, candidates, strict=True)), make, CHUNK_OF_PROMPTS)
+    for row, ranked in zip(candidates, rows, strict=True):
+        for name, values in ranked.items():
+            for y, value in zip(row, values, strict=True):
+                y[name] = value
+
+
 def make_pairs(prompts, candidates, args):
     """Algorithm 2, line 6: rows {"prompt", "prompt_ids", "responses": [y+, y-], "kind"} and {rule: how many failed it}.
 
@@ -359,21 +374,6 @@ def train_step(policy, optimizer, scheduler, batch, args):
     return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
 
 
-def train(policy, pairs, learning_rate, seed, args):
-    """Algorithm 2, line 7: minimise the loss over `pairs`; returns what train_step says of each step."""
-    optimizer = make_optimizer(policy, "rmsprop", learning_rate)
-    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
-    rng, steps = random.Random(seed), []
-    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
-        for _ in range(args.epochs):
-            order = rng.sample(pairs, len(pairs))
-            for i in range(0, len(order), args.batch_size):
-                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
-                bar.update()
-    return steps
-
-
 # Main ----------------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +395,7 @@ def main(args):
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
     asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
+    given = None
     if args.responses:
         parts[0], given = given_responses(policy, tokenizer, parts[0], args)
         alike = not args.gold or "score" not in given[0][0]
@@ -413,26 +414,19 @@ def main(args):
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous, earlier = [], args.model, []
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
     show(table[0], COLUMNS)
     write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 2, line 3: the teacher's responses are in golds, None where there is none; line 4: K from pi_t
-        if args.responses:
-            responses = given
-        else:
-            responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+        seed = f"{args.seed} sample {iteration}"
+        responses = sampling_stage(policy, tokenizer, prompts, args.k, seed, folder, args, given)
         sampling_seconds = time.perf_counter() - start
-        rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
-        write_jsonl(folder / "responses.jsonl", rows)
         # Alg. 2, line 5: rank all K + 1
         candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
-        rank(prompts, candidates, device, args)
-        names = [name for name in ("win_rate", "points") if name in candidates[0][0]]
-        rows = [{name: [y[name] for y in row] for name in names} for row in candidates]
-        write_jsonl(folder / "preferences.jsonl", rows)
+        ranking_stage(prompts, candidates, folder, device, args)
         # Alg. 2, line 6: pairs with a large margin
         new, failed = make_pairs(prompts, candidates, args)
         if not new:
@@ -443,26 +437,21 @@ def main(args):
             break
         # Alg. 2, line 7: with some of earlier iterations; pi_t is the reference: its log-probs, before it is trained
         pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
-        rows = list({id(y): (pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]}.values())  # once each
-        ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
-        attach("ref_logps", [y for _, y in rows], ref_logps)
-        write_jsonl(folder / "pairs.jsonl", pairs)
-        learning_rate = args.learning_rate * args.lr_decay ** (iteration - 1)
-        steps = train(policy, pairs, learning_rate, f"{args.seed} shuffle {iteration}", args)
+        pairs = reference_stage(policy, pairs, folder, args)
+        learning_rate, seed = args.learning_rate * args.lr_decay ** (iteration - 1), f"{args.seed} shuffle {iteration}"
+        steps = train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, args)
         earlier.append(new)
-        write_jsonl(folder / "steps.jsonl", steps)
 
-        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, args)
+        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
-        if not args.responses:
+        if not (args.responses or args.resume):
             metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new)}
         for kind in ("teacher_student", "student_teacher", "student_student"):
             metrics[kind] = sum(pair["kind"] == kind for pair in new)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
-        save_policy(policy, tokenizer, previous)
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])

@@ -31,15 +31,12 @@ eta here multiplies the preference; DNO's eta divides it.
 """
 
 import math
-import random
 import shutil
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from common import (
@@ -52,20 +49,18 @@ from common import (
     encode_prompts,
     evaluate,
     given_responses,
-    judge_prefs,
+    judging_stage,
     load_judge,
     load_policy,
     load_prompts,
-    make_optimizer,
     micro_batches,
     pick_device,
     plan_run,
+    reference_stage,
     require,
     response_logps,
     run_folder,
-    sample_responses,
-    save_policy,
-    score,
+    sampling_stage,
     show,
     show_cost,
     show_hours,
@@ -74,6 +69,7 @@ from common import (
     show_table,
     split_prompts,
     start_run,
+    train,
     try_judge,
     use_checkpointing,
     win_matrix,
@@ -134,6 +130,8 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # run
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
+    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
@@ -272,21 +270,6 @@ def train_step(policy, optimizer, scheduler, batch, args):
     return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
 
 
-def train(policy, pairs, seed, args):
-    """Algorithm 1, line 6: minimise eq. 4.7 over `pairs`; returns what train_step says of each step."""
-    optimizer = make_optimizer(policy, "rmsprop", args.learning_rate)
-    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
-    rng, steps = random.Random(seed), []
-    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
-        for _ in range(args.epochs):
-            order = rng.sample(pairs, len(pairs))
-            for i in range(0, len(order), args.batch_size):
-                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
-                bar.update()
-    return steps
-
-
 # Main ----------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +292,7 @@ def main(args):
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
     asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
+    given = None
     if args.responses:
         parts[0], given = given_responses(policy, tokenizer, parts[0], args)
     if plan["checkpointing"]:
@@ -322,24 +306,19 @@ def main(args):
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous = [], args.model
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
     show(table[0], COLUMNS)
     write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 1, line 3: K responses per prompt from pi_t
-        if args.responses:
-            responses = given
-        else:
-            responses = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
+        seed = f"{args.seed} sample {iteration}"
+        responses = sampling_stage(policy, tokenizer, prompts, args.k, seed, folder, args, given)
         sampling_seconds = time.perf_counter() - start
-        rows = [{**prompt, "responses": row} for prompt, row in zip(prompts, responses, strict=True)]
-        write_jsonl(folder / "responses.jsonl", rows)
         # Alg. 1, line 4: P(y_k > y_k') for all k, k'; its mean over k' is line 5's win rate against pi_t
-        prefs = judge_prefs(load_judge(args, device), prompts, responses)  # (B, K, K)
+        prefs = judging_stage(prompts, responses, folder, device, args)  # (B, K, K)
         attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())
-        write_jsonl(folder / "preferences.jsonl", [{"prefs": row} for row in prefs.tolist()])
         # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
         pairs = make_pairs(prompts, responses, prefs, args)
         if not pairs:
@@ -348,24 +327,20 @@ def main(args):
             require(iteration > 1, f"{nothing}; see {folder}, and try a higher --max_new_tokens, --k or --temperature")
             print(nothing)
             break
-        rows = [(pair["prompt_ids"], response) for pair in pairs for response in pair["responses"]]
-        ref_logps = score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens, "reference")
-        attach("ref_logps", [y for _, y in rows], ref_logps)
-        write_jsonl(folder / "pairs.jsonl", pairs)
+        pairs = reference_stage(policy, pairs, folder, args)
         # Alg. 1, line 6: eq. 4.7
-        steps = train(policy, pairs, f"{args.seed} shuffle {iteration}", args)
-        write_jsonl(folder / "steps.jsonl", steps)
+        seed = f"{args.seed} shuffle {iteration}"
+        steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
 
-        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, args)
+        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics["loss_over_eta2"] = metrics["loss"] / args.eta**2
-        if not args.responses:
+        if not (args.responses or args.resume):
             metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics["pairs"] = len(pairs)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
-        save_policy(policy, tokenizer, previous)
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])

@@ -1,9 +1,10 @@
 """Sr-DPO and Sr-IPO, self-refined DPO and IPO: the policy itself, behind a prompt p, says how far apart a pair is.
 
 Yu et al. 2024, arXiv 2405.21040. DPO and IPO learn from offline pairs (x, y+, y-) and a fixed reference; they treat all
-pairs alike. Here the margin of each pair has to exceed lam * Delta, where Delta (eq. 12) is the margin that the policy
-gives it behind p + x: a prompt p that asks for the best of answers, put in front of the query. Sr-DPO is eq. 13 and
-Algorithm 1, Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly.
+pairs alike. Here lam * Delta is taken off a pair's margin, so that it has to be moved farther. Delta (eq. 12) is beta
+times the margin over the reference that the policy gives the pair behind p + x: a prompt p that asks for the best of
+answers, put in front of the query. Sr-DPO is eq. 13 and Algorithm 1, Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and
+IPO exactly. At lam of 1 and more, targets may run away from the policy.
 
     python sr_dpo.py                     the built-in task, a minute on two CPU cores (README.md)
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
@@ -19,13 +20,13 @@ Where this file departs from the paper, or fills what it leaves open:
  2. Log-probs are sums over tokens, EOS included, as the formulas say. TRL's IPO takes the mean over tokens instead.
  3. A response over --max_new_tokens keeps its start and has no EOS; the pair stays what the data says it is.
  4. --online, which the paper leaves to future work: pairs are sampled from the policy, best and worst by a judge, in
-    each of --iterations on their own prompts; the reference is the policy that sampled them.
+    each of --iterations on their own prompts; the reference is the policy that sampled them. (The measures on held-out
+    pairs stay relative to the start.)
  5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
 """
 
 import math
-import random
 import shutil
 import statistics
 import time
@@ -34,8 +35,6 @@ from typing import Literal
 
 import torch
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from common import (
@@ -43,6 +42,7 @@ from common import (
     as_response,
     aside,
     attach,
+    attach_ref_logps,
     check_args,
     cli,
     closing_answers,
@@ -50,21 +50,21 @@ from common import (
     encode_prompts,
     encode_text,
     evaluate,
-    judge_prefs,
+    is_text,
+    judging_stage,
     load_judge,
     load_pairs,
     load_policy,
     load_prompts,
-    make_optimizer,
     micro_batches,
     number,
     pick_device,
     plan_run,
+    reference_stage,
     require,
     response_logps,
     run_folder,
-    sample_responses,
-    save_policy,
+    sampling_stage,
     score,
     show,
     show_cost,
@@ -74,6 +74,7 @@ from common import (
     split_pairs,
     start_run,
     stop_ids,
+    train,
     try_judge,
     turn_end,
     use_checkpointing,
@@ -113,14 +114,14 @@ class Args:
     judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
     judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
     limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
-    n_eval: int = HfArg(default=512, help="Held-out prompts and their pairs for evaluation, at most a quarter of all.")
+    n_eval: int = HfArg(default=512, help="Held-out prompts, one pair of each, for evaluation: at most a quarter.")
     eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
     max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
     # algorithm
     loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
     beta: float = HfArg(default=1.0, help="Regularisation of sr_dpo: the higher, the closer to the reference.")
     beta_ipo: float = HfArg(default=0.05, help="The same of sr_ipo, which aims at a margin of 1 / (2 beta).")
-    lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO.")
+    lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO, on the same pairs.")
     refine_prompt: str = HfArg(default="tiny", help="p: usefulness, expert, short, tiny, or a text of your own.")
     online: bool = HfArg(default=False, help="Sample pairs from the policy and judge them, instead of those given.")
     iterations: int = HfArg(default=1, help="Rounds of sampling, judging and training with --online.")
@@ -146,6 +147,8 @@ class Args:
     # run
     compare: int = HfArg(default=0, help="Train DPO, Sr-DPO, IPO and Sr-IPO with so many seeds, and show a table.")
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
+    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds pairs, splits, sampling and shuffling.")
@@ -264,10 +267,14 @@ LOSSES = {"sr_dpo": sr_dpo_loss, "sr_ipo": sr_ipo_loss}
 # Roll-out and pairs --------------------------------------------------------------------------------------------------
 
 
+# Each response gets log pi_ref(y|x) and log pi_ref(y|p + x).
+REFERENCES = (("ref_logps", "prompt_ids"), ("ref_logps_p", "refined_ids"))
+
+
 def refine(prompt, p):
-    """p + x: the messages of `prompt` with the text p in front of the last user turn."""
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
-    return [{**m, "content": p + m["content"]} if i == last else m for i, m in enumerate(prompt)]
+    """p + x: the messages of `prompt` with the text p in front of the last one, the query."""
+    *earlier, query = prompt
+    return [*earlier, {**query, "content": p + query["content"]}]
 
 
 def make_pairs(policy, tokenizer, pairs, args):
@@ -276,21 +283,24 @@ def make_pairs(policy, tokenizer, pairs, args):
     A response over --max_new_tokens keeps its start. Left out and counted are pairs whose prompt, or p + prompt, is too
     long, and those whose responses are the same to the policy.
     """
-    p, end = (
-        REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt),
-        turn_end(tokenizer, stop_ids(policy, tokenizer)),
-    )
+    p = REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt)
+    require(is_text(p) and p.strip(), "--refine_prompt: give a name of REFINE_PROMPTS, or a text")
+    print(f"p: {p!r}" + ("" if args.refine_prompt in REFINE_PROMPTS else ", as given"))
     rows = encode_prompts(tokenizer, pairs, args.max_prompt_tokens, "--pairs")
     refined = [{"row": row, "prompt": refine(row["prompt"], p)} for row in rows]
     refined = encode_prompts(tokenizer, refined, args.max_prompt_tokens, "--pairs with --refine_prompt")
     rows = [{**both["row"], "refined_ids": both["prompt_ids"]} for both in refined]
+    end = turn_end(tokenizer, stop_ids(policy, tokenizer))
     for row in rows:
-        texts = [row.pop("chosen"), row.pop("rejected")]
-        ids = [[*encode_text(tokenizer, text), end] for text in texts]
-        row["responses"] = [
-            as_response(y[: args.max_new_tokens], text, len(y) <= args.max_new_tokens, args)
-            for y, text in zip(ids, texts, strict=True)
-        ]
+        row["responses"] = []
+        for text in (row.pop("chosen"), row.pop("rejected")):
+            ids = [*encode_text(tokenizer, text), end]
+            finished = len(ids) <= args.max_new_tokens
+            row["responses"].append(as_response(ids[: args.max_new_tokens], text, finished, args))
+    cut = sum(not y["finished"] for row in rows for y in row["responses"])
+    if cut:
+        of = f"{2 * len(rows)} responses cut by --max_new_tokens {args.max_new_tokens}"
+        print(f"--pairs: {cut} of {of}: they have no end")
     kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
     if len(kept) < len(rows):
         print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: equal within --max_new_tokens")
@@ -298,26 +308,19 @@ def make_pairs(policy, tokenizer, pairs, args):
     return kept
 
 
-def online_pairs(policy, tokenizer, prompts, iteration, device, args):
+def online_pairs(policy, tokenizer, prompts, iteration, folder, device, args):
     """Of K samples to each prompt the best and the worst by their mean preference over the others."""
-    samples = sample_responses(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", args)
-    win_rate = judge_prefs(load_judge(args, device), prompts, samples).mean(-1)  # (B, K)
+    samples = sampling_stage(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", folder, args)
+    win_rate = judging_stage(prompts, samples, folder, device, args).mean(-1)  # (B, K)
     attach("win_rate", [y for row in samples for y in row], win_rate.flatten())
     pairs = []
     for prompt, row in zip(prompts, samples, strict=True):
         row = sorted(row, key=lambda y: -y["win_rate"])
         if row[0]["win_rate"] > row[-1]["win_rate"] and row[0]["ids"] != row[-1]["ids"]:
-            pairs.append({**prompt, "responses": [row[0], row[-1]]})
+            known = {name: value for name, value in prompt.items() if name != "gap"}  # that of other responses
+            pairs.append({**known, "responses": [row[0], row[-1]]})
     require(pairs, f"--online: no response is preferred to another in iteration {iteration}; try a higher --k")
     return pairs
-
-
-def attach_reference(policy, pairs, args):
-    """Give each response of `pairs` log pi_ref(y|x) and log pi_ref(y|p + x); `policy` is the reference still."""
-    rows = [(pair, y) for pair in pairs for y in pair["responses"]]
-    for name, prompt_ids in (("ref_logps", "prompt_ids"), ("ref_logps_p", "refined_ids")):
-        prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
-        attach(name, [y for _, y in rows], score(policy, prompts, ids, args.micro_tokens, "reference"))
 
 
 # Train and measure ---------------------------------------------------------------------------------------------------
@@ -355,23 +358,10 @@ def train_step(policy, optimizer, scheduler, batch, args):
     return {**means, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
 
 
-def train(policy, pairs, seed, args):
-    """Minimise eq. 13 or 15 over `pairs`; returns what train_step says of each step."""
-    optimizer = make_optimizer(policy, "rmsprop", args.learning_rate)
-    n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
-    rng, steps = random.Random(seed), []
-    with tqdm(total=n_steps, desc="training", unit="step", leave=False, disable=None) as bar:
-        for _ in range(args.epochs):
-            order = rng.sample(pairs, len(pairs))
-            for i in range(0, len(order), args.batch_size):
-                steps.append(train_step(policy, optimizer, scheduler, order[i : i + args.batch_size], args))
-                bar.update()
-    return steps
-
-
 def measure(policy, pairs, args):
-    """The paper's measures on held-out pairs: mean margin, accuracy, with p as well, correlations of margin and gap."""
+    """The paper's measures on held-out pairs, relative to the start: mean margin and accuracy, behind p as well, and
+    how the margin rises with "gap", where that is known and varies.
+    """
     rows, figures = [(pair, y) for pair in pairs for y in pair["responses"]], {}
     for suffix, prompt_ids in (("", "prompt_ids"), ("_p", "refined_ids")):
         prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
@@ -380,8 +370,9 @@ def measure(policy, pairs, args):
         margin = log_ratio[::2] - log_ratio[1::2]  # h(y+) - h(y-)
         figures[f"marginal{suffix}"] = margin.mean().item()
         figures[f"accuracy{suffix}"] = (margin > 0).float().mean().item()
-        if not suffix and all("gap" in pair for pair in pairs):
-            figures |= correlations(margin, torch.tensor([pair["gap"] for pair in pairs]))
+        gaps = [pair.get("gap", math.nan) for pair in pairs]
+        if not suffix and len(set(gaps)) > 1 and all(map(math.isfinite, gaps)) and margin.std() > 0:
+            figures |= correlations(margin, torch.tensor(gaps))
     return figures
 
 
@@ -397,13 +388,20 @@ def compare(args):
         "Sr-IPO": ("sr_ipo", args.lam),
     }
     require(args.lam > 0 and not args.dry_run, "--compare: wants a --lam above 0, and no --dry_run")
-    root, tables = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", {}
+    require(not args.resume, "--compare: its runs are resumed one by one")
+    root, tables, runs = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", {}, []
     for method, (loss, lam) in methods.items():
         for seed in range(args.seed, args.seed + args.compare):
-            one = replace(args, compare=0, loss=loss, lam=lam, seed=seed, name=f"{root}-{method.lower()}-s{seed}")
-            tables.setdefault(method, []).append(main(one)[-1])
+            one = {"compare": 0, "loss": loss, "lam": lam, "seed": seed, "name": f"{root}-{method.lower()}-s{seed}"}
+            runs.append((method, replace(args, **one)))
+    for _, one in runs:
+        check_args(one)
+        run_folder(one, "sr_dpo")  # all of them, before the first one
+    for method, one in runs:
+        tables.setdefault(method, []).append(main(one)[-1])
     print(f"\n{'':<22}" + "".join(f"{method:>20}" for method in methods))
-    for name in [name for name in MEASURES if name in tables["DPO"][0]]:
+    every = [row for rows in tables.values() for row in rows]
+    for name in [name for name in MEASURES if all(name in row for row in every)]:
         cells = []
         for rows in tables.values():
             values = [row[name] for row in rows]
@@ -441,32 +439,30 @@ def main(args):
         return []
     start_run(run, args, device=device, parameters=policy.num_parameters())
     print(f"{run}: {args.loss} on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
-    attach_reference(policy, held_out, args)
+    for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
+        attach_ref_logps(policy, held_out, args, name, prompt_ids)
     answers, previous = [], args.model
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, args)[0]]
+    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
     show(table[0], COLUMNS)
     write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, pairs in enumerate(parts, 1):
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         if args.online:
-            pairs = online_pairs(policy, tokenizer, pairs, iteration, device, args)
+            pairs = online_pairs(policy, tokenizer, pairs, iteration, folder, device, args)
         # log pi_ref of x and of p + x, once, before the first update
-        attach_reference(policy, pairs, args)
-        write_jsonl(folder / "pairs.jsonl", pairs)
+        pairs = reference_stage(policy, pairs, folder, args, REFERENCES)
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
-        begun = time.perf_counter()
-        steps = train(policy, pairs, f"{args.seed} shuffle {iteration}", args)
+        begun, seed = time.perf_counter(), f"{args.seed} shuffle {iteration}"
+        steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
         train_seconds = time.perf_counter() - begun
-        write_jsonl(folder / "steps.jsonl", steps)
 
-        metrics, _ = evaluate(policy, tokenizer, held_out, answers, previous, args)
+        metrics, _ = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
         metrics |= measure(policy, held_out, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics |= {"pairs": len(pairs), "train_seconds": train_seconds, "seconds": time.perf_counter() - start}
         previous = str(folder / "policy")
-        save_policy(policy, tokenizer, previous)
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS)

@@ -85,7 +85,8 @@ def refined(lam):
     def build(policy, pairs, args):
         settings = sr_dpo.Args(lam=lam, micro_tokens=args.micro_tokens)
         pairs = [{**pair, "refined_ids": [7] * P + pair["prompt_ids"]} for pair in pairs]
-        sr_dpo.attach_reference(policy, pairs, settings)
+        for name, prompt_ids in sr_dpo.REFERENCES:
+            common.attach_ref_logps(policy, pairs, settings, name, prompt_ids)
         optimizer, scheduler = optimiser(policy)
         step = partial(sr_dpo.train_step, policy, optimizer, scheduler, pairs, settings)
         return lambda: step() and None  # its loss is another one, and so is its gradient

@@ -62,8 +62,8 @@ def test_the_job_prints_what_a_newcomer_needs(job):
 
 def test_the_run_folder_holds_what_the_readme_says(job):
     folder = job[1]
-    names = {"config.json", "final", "iter_1", "iter_2", "metrics.jsonl", "outputs.json", "win_rates.json"}
-    assert {path.name for path in folder.iterdir()} == names
+    names = {"config.json", "final", "iter_0", "iter_1", "iter_2", "metrics.jsonl", "outputs.json", "win_rates.json"}
+    assert {path.name for path in folder.iterdir()} == names | {".lock"}
     config = json.loads((folder / "config.json").read_text())
     assert config["eta"] == 10.0 and config["limit"] == 640 and config["device"] in ("cpu", "cuda")
     assert config["versions"]["torch"] == torch.__version__

@@ -147,7 +147,9 @@ def test_every_shape_is_read(tmp_path, row, prompt, pair):
     path = write(tmp_path / "rows.jsonl", json.dumps(row))
     assert load_prompts(path) == [prompt]
     if isinstance(pair, tuple):
-        assert load_pairs(path) == [{"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}]
+        found = load_pairs(path)[0]
+        assert (found.pop("gap", 0) > 0) == ("completions" in row)
+        assert found == {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
     else:
         with pytest.raises(InputError, match=pair or "no pair; keys found"):
             load_pairs(path)

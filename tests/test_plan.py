@@ -27,7 +27,7 @@ def test_known_sizes_are_those_published(name):
 
 
 def test_every_short_name_is_known():
-    assert set(common.KNOWN) | {"tiny"} == set(common.MODELS)
+    assert set(common.KNOWN) | set(common.TINIES) == set(common.MODELS)
 
 
 def test_a_7b_full_fine_tune_fits_an_80_gb_gpu():

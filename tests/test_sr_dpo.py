@@ -199,9 +199,8 @@ def test_p_stands_in_front_of_the_last_query(family, system):
     assert prompt[-1]["content"] == "Second?"  # the prompt itself stays
 
 
-def test_p_in_front_of_a_prompt_of_one_turn_and_of_none():
+def test_p_in_front_of_a_prompt_of_one_turn():
     assert refine([{"role": "user", "content": "x"}], "p ") == [{"role": "user", "content": "p x"}]
-    assert refine([{"role": "system", "content": "x"}], "p ") == [{"role": "system", "content": "p x"}]
 
 
 def test_p_is_text_even_where_it_spells_a_control_token(workdir):
@@ -260,25 +259,32 @@ def test_what_is_left_out_is_counted(workdir, capsys):
     assert [row["prompt"][0]["content"] for row in rows] == ["4"]
     assert "--pairs: 1 of 4 left out: over --max_prompt_tokens 64" in out
     assert "--pairs with --refine_prompt: 1 of 3 left out: over --max_prompt_tokens 64" in out
+    assert "--pairs: 2 of 4 responses cut by --max_new_tokens 16" in out
     assert "--pairs: 1 of 2 left out: equal within --max_new_tokens" in out
 
 
-def test_pairs_of_one_prompt_stay_on_one_side(workdir):
+def test_pairs_of_one_prompt_stay_on_one_side(workdir, capsys):
     pairs = [pair_of(f"{i}", f"{j}", "9999") for i in range(100, 140) for j in range(3)]
     rows, _ = rows_of(pairs)
     parts, held_out = common.split_pairs(rows, Args(n_eval=8), [])
     texts = [{common.prompt_key(row["prompt"]) for row in part} for part in (parts[0], held_out)]
     assert len(held_out) == 8 and len(parts[0]) == 3 * 32 and not texts[0] & texts[1]
+    assert "--pairs: 16 left out: further pairs of held-out prompts" in capsys.readouterr().out
 
 
 # Train ---------------------------------------------------------------------------------------------------------------
+
+
+def references(policy, rows, args):
+    for name, prompt_ids in sr_dpo.REFERENCES:
+        common.attach_ref_logps(policy, rows, args, name, prompt_ids)
 
 
 def batch_of(n=12, **settings):
     policy, tokenizer = common.load_policy("tiny-p")
     args = Args(**settings)
     rows = sr_dpo.make_pairs(policy, tokenizer, common.digit_pairs(n, 3), args)
-    sr_dpo.attach_reference(policy, rows, args)
+    references(policy, rows, args)
     with torch.no_grad():  # so that the policy is not the reference
         for p in policy.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -334,7 +340,7 @@ def test_the_first_step_is_at_the_reference(workdir):
     policy, tokenizer = common.load_policy("tiny-p")
     args = Args()
     rows = sr_dpo.make_pairs(policy, tokenizer, common.digit_pairs(12, 3), args)
-    sr_dpo.attach_reference(policy, rows, args)
+    references(policy, rows, args)
     figures, _ = steps_of(policy, rows, args)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-4)
     for name in ("chosen_log_ratio", "rejected_log_ratio", "delta"):
@@ -347,9 +353,11 @@ def test_the_first_step_is_at_the_reference(workdir):
 def test_the_reference_is_scored_once_and_is_the_start(workdir, monkeypatch):
     scored = []
     score = common.score
-    monkeypatch.setattr(sr_dpo, "score", lambda *a: scored.append(a[-1]) or score(*a))
+    for module in (common, sr_dpo):
+        monkeypatch.setattr(module, "score", lambda *a: scored.append(a[-1]) or score(*a))
     sr_dpo.main(Args(name="x", **{**FEW, "epochs": 3}))
-    assert scored == ["reference"] * 4 + ["measuring"] * 2  # held-out and training pairs, x and p + x
+    assert scored[:4] == ["reference"] * 4  # held-out and training pairs, x and p + x
+    assert scored[4:] == ["KL"] * 2 + ["measuring"] * 2
     pairs = lines(workdir / "runs" / "x" / "iter_1" / "pairs.jsonl")
     policy, _ = common.load_policy("tiny-p")
     for name, ids in (("ref_logps", "prompt_ids"), ("ref_logps_p", "refined_ids")):
@@ -413,6 +421,27 @@ def test_compare_prints_the_four_methods(workdir, capsys):
     assert (config["loss"], config["lam"], config["seed"]) == ("sr_ipo", 0.0, 2)
 
 
+def test_pairs_without_scores_have_no_correlations_in_any_column(workdir, capsys):
+    rows = [
+        {"prompt": f"{i}", "chosen": "12", "rejected": "21", "score_chosen": i, "score_rejected": 0} for i in range(40)
+    ]
+    del rows[7]["score_chosen"]
+    common.write_jsonl("mine.jsonl", rows)
+    tables = sr_dpo.main(Args(name="x", pairs="mine.jsonl", compare=2, n_eval=10, epochs=1))  # one seed holds row 7 out
+    assert len(tables["DPO"]) == 2
+    assert "marginal" in capsys.readouterr().out
+    common.write_jsonl("same.jsonl", [{**row, "score_chosen": 1} for row in rows])  # all gaps are alike
+    table = sr_dpo.main(Args(name="y", pairs="same.jsonl", n_eval=10, epochs=1))
+    assert "pearson" not in table[-1] and "NaN" not in (workdir / "runs" / "y" / "metrics.jsonl").read_text()
+
+
+def test_a_comparison_asks_for_all_its_folders_first(workdir):
+    (workdir / "runs" / "x-sr-ipo-s1").mkdir()
+    with pytest.raises(common.InputError, match="x-sr-ipo-s1 is taken"):
+        sr_dpo.main(Args(name="x", compare=1, **FEW))
+    assert not (workdir / "runs" / "x-dpo-s1").exists()
+
+
 def test_hh_rlhf_shapes_run_without_a_judge(workdir):
     turns = "\n\nHuman: {}\n\nAssistant: yes\n\nHuman: {}\n\nAssistant:"
     rows = [{"chosen": turns.format(i, i) + " good", "rejected": turns.format(i, i) + f" bad {i}"} for i in range(12)]
@@ -433,6 +462,8 @@ def test_hh_rlhf_shapes_run_without_a_judge(workdir):
         ([], ["--iterations", "2"], "--iterations: there is one, unless --online"),
         ([], ["--online", "--judge", ""], "--online, --best_of: they take a --judge"),
         ([], ["--compare", "1", "--lam", "0"], "--compare: wants a --lam above 0"),
+        ([], ["--refine_prompt", " "], "--refine_prompt: give a name of REFINE_PROMPTS, or a text"),
+        ([], ["--refine_prompt", "a\udcff"], "--refine_prompt: give a name of REFINE_PROMPTS, or a text"),
         ([], ["--pairs", "nothing.jsonl"], "--pairs nothing.jsonl"),
         ([{"prompt": "1", "chosen": "2", "rejected": "2"}], [], "no row of use (1 with two equal responses)"),
         ([{"prompt": "1", "chosen": "2", "rejected": " "}], [], "no row of use (1 with an empty response)"),
