@@ -180,7 +180,8 @@ def cli(main, args_class, recipes, description, argv=None):
         args = args_class(**vars(parser.parse_args(argv)))
         if args.resume:  # the run's own values are the defaults, and what differs from them is refused
             config = read_config(args.resume)
-            parser.set_defaults(**{name: config.get(name, value) for name, value in vars(args).items()}, resume="")
+            known = {name: config.get(name, value) for name, value in vars(args).items()}
+            parser.set_defaults(**{**known, "resume": ""})
             args = args_class(**vars(parser.parse_args(argv)))
             other = [n for n, v in vars(args).items() if n not in ("resume", "dry_run") and v != config.get(n, v)]
             words = ", ".join(f"--{n} {getattr(args, n)} (there {config[n]})" for n in other)
@@ -241,11 +242,16 @@ def start_run(folder, args, **facts):
     with contextlib.suppress(ImportError):  # not on Windows
         import fcntl
 
-        _locks[folder] = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+        here = folder.resolve()
+        if here in _locks:  # this process's own
+            _locks.pop(here).close()
+        _locks[here] = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
         try:
-            fcntl.flock(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(_locks[here], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{folder}: another process is at work in it") from None
+    for part in folder.rglob(".*.part"):  # what `aside` had begun when the run was killed
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
     if not args.resume:
         write_json(folder / "config.json", {**vars(args), **facts, "versions": versions})
 
