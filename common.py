@@ -2,15 +2,15 @@
 
 Each section depends only on those above it, so that any of them can be copied out:
 
-    1. Arguments and the run folder    a dataclass -> command line; bad input -> one line and exit code 2
+    1. Arguments, run folder, stages   a dataclass -> command line; bad input -> one line and exit code 2
     2. Log-probs                       token_logps, response_logps: sums over response tokens, EOS in, float32
     3. Optimiser                       SplitMaster: RMSprop and AdamW for bf16 weights with an exact float32 master
-    4. Data                            prompts from a file or the built-in digits; chat template -> token ids
-    5. Models                          load_policy, save_policy, and how the built-in `tiny` is made
+    4. Data                            prompts, pairs from a file or the built-in digits; chat template -> token ids
+    5. Models                          load_policy, save_policy, and how the built-in `tiny` and `tiny-p` are made
     6. Generation                      generate: K samples per prompt from a KV cache whose rows are refilled
-    7. Judges                          preference matrices prefs[b, i, j] = P(y_i > y_j)
+    7. Judges                          preference matrices prefs[b, i, j] = P(y_i > y_j), or points
     8. Plan                            plan_run: what a run takes, said before it starts
-    9. In the scripts' main            sampling under Args, evaluation, tables
+    9. In the scripts' main            sampling, judging, training as stages; evaluation, tables
 
 Shapes: B sequences, K samples per prompt, T tokens, V vocabulary, D hidden, N response tokens, S rows ("slots") of
 the generator. Log-probs are in nats. A prompt is a list of chat messages, {"role", "content"}, before it is token ids.
@@ -90,7 +90,7 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 1. Arguments and the run folder
+# 1. Arguments, run folder, stages
 # ------------------------------------------------------------------------------------------------------------------
 
 

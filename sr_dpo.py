@@ -224,7 +224,7 @@ def refinement(chosen_logps_p, rejected_logps_p, ref_chosen_logps_p, ref_rejecte
 
 
 def _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta, beta, lam):
-    """h(y+) - h(y-), h = log pi - log pi_ref, of checked arguments."""
+    """h(y+) - h(y-), h = log pi - log pi_ref; checks the arguments of both losses."""
     if beta <= 0 or lam < 0:
         raise ValueError(f"beta must be positive and lam not negative, got {beta} and {lam}")
     shapes = [tuple(x.shape) for x in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, delta)]
