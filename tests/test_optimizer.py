@@ -222,14 +222,14 @@ def test_a_master_of_other_weights_is_refused(broken, tmp_path, workdir):
 
 def test_sppo_learns_in_bf16_as_on_a_gpu_and_keeps_the_master_between_iterations(workdir, monkeypatch, one_thread):
     monkeypatch.setattr(sppo, "load_policy", partial(load_policy, dtype=torch.bfloat16))
-    carried, make = [], sppo.make_optimizer
+    carried, make = [], common.make_optimizer
 
     def spy(policy, rule, lr):
         carried.append({n: getattr(p, "master_remainder", None) for n, p in policy.named_parameters()})
         carried[-1] = {n: None if x is None else x.clone() for n, x in carried[-1].items()}
         return make(policy, rule, lr)
 
-    monkeypatch.setattr(sppo, "make_optimizer", spy)
+    monkeypatch.setattr(common, "make_optimizer", spy)
     settings = {"limit": 640, "n_eval": 160, "iterations": 2, "epochs": 2}
     start, _, last = sppo.main(sppo.Args(**settings, name="bf16"))
     assert last["exact_match"] > start["exact_match"] + 0.1
