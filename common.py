@@ -297,7 +297,8 @@ def write_jsonl(path, rows):
 def read_jsonl(path):
     """The rows of a file by write_jsonl. Raises InputError naming the file where it is damaged."""
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(path).read_bytes().split(b"\n")  # str.splitlines would also cut at U+2028 within a text
+        return [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, and --resume makes it anew") from None
 

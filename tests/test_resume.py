@@ -190,6 +190,12 @@ def test_a_stage_is_done_once_and_goes_on_from_whole_chunks(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_line_separators_within_a_text_end_no_row(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]
+    assert stage(tmp_path / "rows.jsonl", [0, 1], lambda items: rows) == rows
+    assert stage(tmp_path / "rows.jsonl", [0, 1], None) == rows  # read back
+
+
 def test_a_damaged_stage_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"i": 1}\n{"i"')
     with pytest.raises(InputError, match=r"rows\.jsonl: cannot be read .* remove it, and --resume makes it anew"):
