@@ -1,9 +1,11 @@
 """A run that is killed goes on as if nothing had been: each job runs in a process of its own that is really killed."""
 
+import itertools
 import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -31,8 +33,11 @@ JOBS = {
 TIMES = {"seconds", "train_seconds", "tokens_per_second"}
 
 
-def in_a_process(function, kill_after=None):
-    """Run function() in a fork; kill it after so many seconds. Returns its exit code, or minus the signal."""
+def in_a_process(function, kill_at=None, count=None):
+    """Run function() in a fork. Returns its exit code, or minus the signal.
+
+    An instant is a call or a return of any function, Python's or C's: no clock decides, so a fast machine is killed
+    just as often. At instant kill_at the process kills itself; with count, a file, it writes there how many it saw."""
     pid = os.fork()
     if not pid:
         code = 1
@@ -40,15 +45,20 @@ def in_a_process(function, kill_after=None):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1), os.dup2(null, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            instants = itertools.count()
+            if kill_at is not None:
+                sys.setprofile(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(instants) == kill_at else None)
+            elif count is not None:
+                sys.setprofile(lambda *_: next(instants))
             function()
+            sys.setprofile(None)
+            if count is not None:
+                count.write_text(str(next(instants)))
             code = 0
         except SystemExit as stop:
             code = stop.code
         finally:
             os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -94,24 +104,23 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_run_that_is_killed_anywhere_ends_like_one_that_is_not(workdir, small_chunks, job):
-    begun = time.monotonic()
-    assert in_a_process(lambda: start(job, "whole")) == 0
-    took, right = time.monotonic() - begun, result(workdir / "runs" / "whole")
+    assert in_a_process(lambda: start(job, "whole"), count=workdir / "instants") == 0
+    instants, right = int((workdir / "instants").read_text()), result(workdir / "runs" / "whole")
     rng = random.Random(time.time_ns())  # other instants in every run of the tests
-    kills = 0
-    for i in range(4):
-        name = f"killed-{i}"
-        code = in_a_process(lambda: start(job, name), rng.uniform(0, took))  # noqa: B023  (called at once)
+    kills = runs = 0
+    while kills < 12:
+        name, runs = f"killed-{runs}", runs + 1
+        code = in_a_process(lambda: start(job, name), rng.randrange(instants))  # noqa: B023  (called at once)
+        assert code == -signal.SIGKILL
         while code != 0:
-            kills += code == -signal.SIGKILL
-            more = rng.uniform(0, took) if kills < 3 * i + 3 else None  # several times, then let it end
+            kills += 1
+            more = rng.randrange(instants) if kills % 4 else None  # killed again and again, then let end
             code = in_a_process(lambda: resume(job, name), more)  # noqa: B023
             assert code in (0, -signal.SIGKILL)
         found = result(workdir / "runs" / name)
         assert found.keys() == right.keys()
         for file, content in right.items():
             assert found[file] == content, f"{file} after {kills} kills"
-    assert kills >= 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
