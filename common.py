@@ -54,6 +54,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -109,7 +110,7 @@ COUNT = (lambda v: 1 <= v <= 10**7, "at least 1 and at most ten million")
 POSITIVE = (lambda v: 1e-6 <= v <= 10**6, "between a millionth and a million")
 LIMITS = {
     **dict.fromkeys(("max_prompt_tokens", "iterations", "max_new_tokens", "slots", "judge_max_tokens"), COUNT),
-    **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n"), COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "micro_tokens", "repeat_n", "keep"), COUNT),
     **dict.fromkeys(("eta", "beta", "beta_ipo", "max_grad_norm", "exact_scale", "lr_decay", "judge_timeout"), POSITIVE),
     **dict.fromkeys(("learning_rate", "top_p", "repeat_share"), (lambda v: 0 < v <= 1, "in (0, 1]")),
     **dict.fromkeys(("temperature", "judge_temperature"), (lambda v: 0.01 <= v <= 100, "in [0.01, 100]")),
@@ -130,6 +131,12 @@ LIMITS = {
     "compare": (lambda v: 0 <= v <= 1000, "between 0 (none) and a thousand seeds"),
     "seed": (lambda v: 0 <= v < 2**63, "between 0 and 2^63"),
 }
+
+
+# What may differ when a run is resumed: how fast, where and for how much, not what is learned.
+KNOBS = {"resume", "dry_run", "tensorboard", "slots", "micro_tokens", "checkpointing", "checkpoint_minutes", "keep"}
+KNOBS |= {"judge_url", "judge_price_in", "judge_price_out", "max_judge_cost", "max_judge_failures"}
+KNOBS |= {"judge_concurrency", "judge_timeout"}
 
 
 def check_args(args):
@@ -183,7 +190,7 @@ def cli(main, args_class, recipes, description, argv=None):
             known = {name: config.get(name, value) for name, value in vars(args).items()}
             parser.set_defaults(**{**known, "resume": ""})
             args = args_class(**vars(parser.parse_args(argv)))
-            other = [n for n, v in vars(args).items() if n not in ("resume", "dry_run") and v != config.get(n, v)]
+            other = [n for n, v in vars(args).items() if n not in KNOBS and v != config.get(n, v)]
             words = ", ".join(f"--{n} {getattr(args, n)} (there {config[n]})" for n in other)
             require(not other, f"--resume {args.resume}: it was begun with other values: {words}")
         main(args)
@@ -191,6 +198,9 @@ def cli(main, args_class, recipes, description, argv=None):
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
+        parser.exit(1, f"{parser.prog}: nobody reads what it prints: stopped\n")
 
 
 def read_config(folder):
@@ -245,7 +255,8 @@ def start_run(folder, args, **facts):
         here = folder.resolve()
         if here in _locks:  # this process's own
             _locks.pop(here).close()
-        _locks[here] = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+        with writing(folder):
+            _locks[here] = open(folder / ".lock", "w")  # noqa: SIM115  (held until the process ends)
         try:
             fcntl.flock(_locks[here], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -260,20 +271,40 @@ _locks = {}
 
 
 @contextlib.contextmanager
+def short_of_memory(stage, remedy):
+    """Turn a GPU's out-of-memory error into one line: at which stage, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{stage}: {str(error).split('. ')[0]}; go on with --resume and {remedy}") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a full or read-only disk raises into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch.save have their own
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: cannot be written ({why:.200}); what is finished is kept for --resume") from None
+
+
+@contextlib.contextmanager
 def aside(path):
     """A path beside `path` to write to; it takes the place of `path` only if the block ends well: whole or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -327,7 +358,7 @@ def stage(path, items, make, chunk=0):
         new = make(items[i : i + chunk])
         rows += new
         if len(items) > chunk:
-            with open(part, "ab") as file:
+            with writing(part), open(part, "ab") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in new).encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -677,8 +708,8 @@ def micro_batches(policy, prompts, responses, max_tokens, pairs=False):
 @torch.no_grad()
 def score(policy, prompts, responses, max_tokens, desc="scoring"):
     """response_logps of any number of rows, without gradients, `max_tokens` at a time: (B,) float32 on the CPU."""
-    logps = torch.empty(len(prompts))
-    with tqdm(total=len(prompts), desc=desc, unit="row", leave=False, disable=None) as bar:
+    logps, bar = torch.empty(len(prompts)), tqdm(total=len(prompts), desc=desc, unit="row", leave=False, disable=None)
+    with bar, short_of_memory(desc, "a lower --micro_tokens"):
         for rows in micro_batches(policy, prompts, responses, max_tokens):
             logps[rows] = response_logps(policy, [prompts[i] for i in rows], [responses[i] for i in rows]).cpu()
             bar.update(len(rows))
@@ -1366,7 +1397,11 @@ def load_policy(name, device="cpu", context=0, dtype=None):
     """
     path = tiny_policy(name) if name in TINIES else MODELS.get(name, name)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    config = load_config(name)
+    config, kept = load_config(name), Path(path) / "sha256"
+    if kept.exists():
+        same = kept.read_text().strip() == _checksum(kept.parent)
+        remedy = "of a run remove the folder iter_... and --resume; if you changed it yourself, remove its sha256"
+        require(same, f"--model {name}: its files are not what was saved; {remedy}")
     try:
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         attention = {"attn_implementation": "eager"} if softcap else {}  # sdpa cannot cap the scores (Gemma-2)
@@ -1413,7 +1448,8 @@ MASTER = "master.safetensors"  # beside bf16 weights: parameter name -> int16, t
 def save_policy(policy, tokenizer, folder):
     """Write weights and tokenizer to `folder`, which AutoModelForCausalLM.from_pretrained(folder) then loads.
 
-    Of a policy that SplitMaster trained, MASTER holds what bf16 leaves out, so that load_policy loses nothing.
+    Of a policy that SplitMaster trained, MASTER holds what bf16 leaves out, so that load_policy loses nothing. The file
+    sha256 is for load_policy to see whether these still are the bytes that were written.
     """
     with aside(folder) as part:
         policy.save_pretrained(part)
@@ -1421,6 +1457,16 @@ def save_policy(policy, tokenizer, folder):
         rests = {n: p.master_remainder for n, p in policy.named_parameters() if hasattr(p, "master_remainder")}
         if rests:
             save_file(rests, part / MASTER)
+        (part / "sha256").write_text(_checksum(part))
+
+
+def _checksum(folder):
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.name != "sha256"):
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _load_master(policy, file):
@@ -1516,16 +1562,8 @@ def tiny_policy(name="tiny", cache="runs"):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    with aside(folder) as part:
-        policy.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        (part / "sha256").write_text(_checksum(part))
+    save_policy(policy, tokenizer, folder)
     return folder
-
-
-def _checksum(folder):
-    files = sorted(path for path in folder.iterdir() if path.name != "sha256")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2196,7 +2234,7 @@ class LLMJudge:
             self.recent.append(not points)
             self.why = self.why if points else f"{self.url}: {why}"
             many = f"{sum(self.recent)} of the last {len(self.recent)} judgements failed; the last: {self.why}"
-            kept = f"(--max_judge_failures {self.max_failures}; the others are kept in {self.cache})"
+            kept = f"(--max_judge_failures {self.max_failures}); the others are kept, see --resume"
             require(sum(self.recent) <= self.max_failures * RECENT, f"--judge llm: {many} {kept}")
         return [points[order.index(i)] for i in range(len(texts))] if points else [math.nan] * len(texts)
 
@@ -2210,7 +2248,7 @@ class LLMJudge:
                 if self.stopping.is_set():
                     return None, "stopped"
                 short = f"{self.dollars:.4g} dollars are spent, and the next request might cost up to {worst:.2g}"
-                kept = f"what was judged is kept in {self.cache}"
+                kept = f"what was judged is kept in {self.cache}; see --resume"
                 require(self._fits(worst), f"--max_judge_cost {self.max_cost:g}: {short}; {kept}")
                 self.under_way.append(worst)
             reply, why, cost, pause = self._request(question, worst)
@@ -2276,9 +2314,10 @@ class LLMJudge:
     def _keep(self, row):
         """Append to the cache in one write, so that runs can share it; the newline in front ends a torn line."""
         with self.lock:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.cache, "ab", buffering=0) as file:
-                file.write(("\n" + json.dumps(row)).encode())
+            with writing(self.cache):
+                self.cache.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.cache, "ab", buffering=0) as file:
+                    file.write(("\n" + json.dumps(row)).encode())
             self.known[row["key"]] = row["reply"]
 
     def _hide(self, text):
@@ -2385,7 +2424,8 @@ def ask_judge(judge, prompts, responses):
     n, opinions = getattr(judge, "batch", max(1, min(64, 1280 // k**2))), []
     for i in tqdm(range(0, b, n), desc="judging", unit="batch", leave=False, disable=None):
         messages = [prompt["prompt"] for prompt in prompts[i : i + n]]
-        opinion = judge(messages, [[y["text"] for y in row] for row in responses[i : i + n]])
+        with short_of_memory("judging", "nothing else on that GPU"):
+            opinion = judge(messages, [[y["text"] for y in row] for row in responses[i : i + n]])
         opinions.append(_checked(opinion, prompts[i : i + n], k, i + 1))
     return torch.cat(opinions)
 
@@ -2566,7 +2606,10 @@ def plan_run(args, device, rule, trained, memory=None):
         )
         flags.append(f"--{flag} {most}")
     require(not flags, f"{short}; it fits with {' '.join(flags)}")
-    disk, free = (args.iterations + 1) * sum(weights.values()), shutil.disk_usage(".").free
+    # Iterates, final/, and two checkpoints of training, while one takes the place of the other.
+    policies = min(args.iterations, args.keep + 2) + 1
+    disk = policies * sum(weights.values()) + 2 * (sum(weights.values()) + moments)
+    free = shutil.disk_usage(".").free
     require(memory or disk <= free, f"runs/ would take {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: free some")
     facts = {"parameters": n, "memory": have, "disk": disk, "checkpointing": checkpointing}
     return {**facts, "stages": stages(checkpointing)}
@@ -2665,20 +2708,17 @@ CHUNK_OF_PROMPTS = 4096  # prompts sampled or judged between two writes
 
 def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling"):
     """`generate` under the settings of `args`: for each encoded prompt a list of k as_response."""
-    eos_ids = stop_ids(policy, tokenizer)
-    with tqdm(total=k * len(prompts), desc=desc, unit="response", leave=False, disable=None) as bar:
-        sampled = generate(
-            policy,
-            [prompt["prompt_ids"] for prompt in prompts],
-            k=k,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            eos_ids=eos_ids,
-            seed=seed,
-            slots=args.slots,
-            progress=bar,
-        )
+    ids, slots, sampled = [prompt["prompt_ids"] for prompt in prompts], args.slots, None
+    settings = {"k": k, "seed": seed, "eos_ids": stop_ids(policy, tokenizer), "max_new_tokens": args.max_new_tokens}
+    settings |= {"temperature": args.temperature, "top_p": args.top_p}
+    while sampled is None:
+        with tqdm(total=k * len(ids), desc=desc, unit="response", leave=False, disable=None) as bar:
+            try:
+                sampled = generate(policy, ids, slots=slots, progress=bar, **settings)
+            except torch.OutOfMemoryError:
+                require(slots > 1, f"{desc}: out of memory even with --slots 1; lower --max_new_tokens")
+                slots //= 2
+                print(f"{desc}: out of memory, so it begins again with --slots {slots}")
     text = partial(tokenizer.decode, skip_special_tokens=True)
     return [[as_response(r.ids, text(r.ids), r.finished, args) for r in row] for row in sampled]
 
@@ -2759,20 +2799,27 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
     """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
 
     answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
-    iterate before this one, a name or folder for load_policy. folder: where answers.jsonl and evaluation.json go, and
+    iterate before this one, a name or folder for load_policy. folder: where answers.jsonl and evaluation.jsonl go, and
     come from where they are there. Returns the metrics, and prefs (held-out prompts, iterates, iterates), 1/2 for the
     start alone.
     """
-    t = len(answers)
 
     def answer(prompts):
-        rows = sample_responses(policy, tokenizer, prompts, 1, f"{args.seed} evaluate {t}", args, "evaluating")
-        return [row[0] for row in rows]
+        seed = f"{args.seed} evaluate {len(answers)}"
+        return [row[0] for row in sample_responses(policy, tokenizer, prompts, 1, seed, args, "evaluating")]
+
+    def compare(_):
+        metrics, prefs = compare_answers(policy, tokenizer, held_out, answers, previous, args)
+        return [{"metrics": metrics, "prefs": prefs.tolist()}]
 
     answers.append(stage(folder / "answers.jsonl", held_out, answer, CHUNK_OF_PROMPTS))
-    if (folder / "evaluation.json").exists():
-        done = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        return done["metrics"], torch.tensor(done["prefs"])
+    row = stage(folder / "evaluation.jsonl", [answers], compare)[0]
+    return row["metrics"], torch.tensor(row["prefs"])
+
+
+def compare_answers(policy, tokenizer, held_out, answers, previous, args):
+    """The metrics and prefs of `evaluate`, whose answers are all in `answers`, the newest last."""
+    t = len(answers) - 1
     graded = {"": answers[t]} if hasattr(JUDGES.get(args.judge), "metrics") else {}
     if graded:  # the most likely answers as well, which need not get better with the samples
         most_likely = replace(args, temperature=0.0, top_p=1.0)
@@ -2802,7 +2849,6 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
     metrics["length_vs_start"] = metrics["length"] / length[0].mean().item()
     metrics["unfinished"] = sum(not y["finished"] for y in answers[t]) / len(held_out)
     metrics["repeats"] = sum(y["repeats"] for y in answers[t]) / len(held_out)
-    write_json(folder / "evaluation.json", {"metrics": metrics, "prefs": prefs.tolist()})
     return metrics, prefs
 
 
@@ -2864,12 +2910,23 @@ def attach_ref_logps(policy, pairs, args, name="ref_logps", prompt_ids="prompt_i
 def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, args):
     """train_step(policy, optimizer, scheduler, batch, args) on batches of `pairs`, shuffled; what each returned.
 
-    folder: where steps.jsonl and policy/ go. Where policy/ is there, it is loaded. Every --checkpoint_minutes, and when
-    Ctrl-C or SIGTERM ends the run after its step, everything is saved that training needs to go on.
+    folder: where steps.jsonl and policy/ go, or come from. Every --checkpoint_minutes, and when Ctrl-C or SIGTERM ends
+    the run after its step, everything is saved that training needs to go on. Raises InputError when a gradient is not
+    finite, before any weight is changed by it.
     """
     if (folder / "policy").exists():
         copy_weights(load_policy(str(folder / "policy"), policy.device)[0], policy)
+        policy.outdated = ""
         return read_jsonl(folder / "steps.jsonl")
+    after = folder.with_name(f"iter_{int(folder.name.removeprefix('iter_')) + 1}")
+    # --keep took this policy, as a later one is done.
+    if (folder / "steps.jsonl").exists() and (after / "evaluation.jsonl").exists():
+        policy.outdated = f"{folder}/policy"
+        return read_jsonl(folder / "steps.jsonl")
+    gone = getattr(policy, "outdated", "")
+    require(
+        not gone, f"{gone}: gone, and training goes on from it; remove that iter_ folder, and --resume makes it anew"
+    )
     optimizer = make_optimizer(policy, "rmsprop", learning_rate)
     n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
@@ -2877,9 +2934,16 @@ def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, arg
     rng, saved = random.Random(seed), time.monotonic()
     orders = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]
     batches = [order[i : i + args.batch_size] for order in orders for i in range(0, len(order), args.batch_size)]
-    with stop_after_step() as stopped:
+    with stop_after_step() as stopped, short_of_memory("training", "a lower --micro_tokens or --checkpointing on"):
         for batch in tqdm(batches[len(steps) :], desc="training", unit="step", leave=False, disable=None):
-            steps.append(train_step(policy, optimizer, scheduler, batch, args))
+            try:
+                steps.append(train_step(policy, optimizer, scheduler, batch, args))
+            except RuntimeError as error:
+                if "non-finite" not in str(error):
+                    raise
+                write_jsonl(folder / "bad_batch.jsonl", batch)
+                where = f"step {len(steps) + 1} of {n_steps} in {folder}, for the batch in {folder}/bad_batch.jsonl"
+                raise InputError(f"a gradient is not finite in {where}; a lower --learning_rate may help") from None
             due = time.monotonic() - saved >= 60 * args.checkpoint_minutes
             if (stopped or due) and len(steps) < n_steps:
                 save_checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, steps)
@@ -2918,8 +2982,9 @@ def save_checkpoint(file, policy, optimizer, scheduler, steps):
     weights = {name: p.data for name, p in policy.named_parameters()}
     rests = {name: p.master_remainder for name, p in policy.named_parameters() if hasattr(p, "master_remainder")}
     state = {"weights": weights, "rests": rests, "optimizer": optimizer.state_dict(), "steps": steps}
+    state["scheduler"] = scheduler.state_dict()
     with aside(file) as part:
-        torch.save({**state, "scheduler": scheduler.state_dict()}, part)
+        torch.save({**state, "sha256": _state_checksum(state)}, part)
 
 
 def load_checkpoint(file, policy, optimizer, scheduler):
@@ -2928,8 +2993,10 @@ def load_checkpoint(file, policy, optimizer, scheduler):
         return []
     try:
         state = torch.load(file, map_location=policy.device, weights_only=True)
+        require(state.pop("sha256") == _state_checksum(state), "it is not what was saved")
     except Exception as error:
-        raise InputError(f"{file}: damaged ({error}); remove it, and --resume trains this iteration anew") from None
+        reason = f"{file}: damaged ({' '.join(str(error).split()):.200})"
+        raise InputError(f"{reason}; remove it, and --resume trains this iteration anew") from None
     for name, p in policy.named_parameters():
         p.data = state["weights"][name]
         if name in state["rests"]:
@@ -2937,6 +3004,21 @@ def load_checkpoint(file, policy, optimizer, scheduler):
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     return state["steps"]
+
+
+def _state_checksum(state):
+    def of_tensor(x):
+        return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+    return hashlib.sha256(json.dumps(state, default=of_tensor).encode()).hexdigest()
+
+
+def prune(run, iteration, best, keep):
+    """Remove the policies of all iterates but the last `keep` and the best one."""
+    for t in range(1, iteration - keep + 1):
+        policy = run / f"iter_{t}" / "policy"
+        if t != best and policy.exists():
+            shutil.rmtree(policy.rename(policy.with_name(".policy.part")))  # a kill in between leaves no half of it
 
 
 def copy_weights(source, policy):

@@ -64,6 +64,7 @@ from common import (
     micro_batches,
     pick_device,
     plan_run,
+    prune,
     reference_stage,
     require,
     response_logps,
@@ -152,6 +153,7 @@ class Args:
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
     resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
     checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
+    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
@@ -364,9 +366,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
             loss = loss - args.sft_alpha * chosen
         (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
         losses[[j // 2 for j in i[::2]]], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    finite = math.isfinite(grad_norm)
-    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -455,12 +455,13 @@ def main(args):
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])
+        # Alg. 2, line 9: the best iterate on held-out prompts
+        best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
+        prune(run, iteration, best, args.keep)
         if args.tensorboard:
             iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
             write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
 
-    # Alg. 2, line 9: the best iterate on held-out prompts
-    best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place

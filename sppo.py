@@ -56,6 +56,7 @@ from common import (
     micro_batches,
     pick_device,
     plan_run,
+    prune,
     reference_stage,
     require,
     response_logps,
@@ -132,6 +133,7 @@ class Args:
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
     resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
     checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
+    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
@@ -258,9 +260,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
         loss = sppo_loss(logps, ref_logps[i], win_rate[i], args.eta, log_z[i])  # eq. 4.7
         (loss.sum() / len(rows)).backward()  # the mean over the whole batch, however it is cut
         losses[i], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    finite = math.isfinite(grad_norm)
-    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -344,11 +344,12 @@ def main(args):
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS, pairs[:2])
+        best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
+        prune(run, iteration, best, args.keep)
         if args.tensorboard:
             iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
             write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
 
-    best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place

@@ -12,7 +12,7 @@ IPO exactly. At lam of 1 and more, targets may run away from the policy.
     python sr_dpo.py --model DIR --pairs FILE.jsonl    all of it your own
 
 It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{pairs,steps}.jsonl, iter_1/policy/,
-final/ and outputs.json (its answers to the held-out prompts, or to --eval_prompts).
+final/, outputs.json (its answers to the held-out prompts, or to --eval_prompts) and, with a judge, win_rates.json.
 
 Where this file departs from the paper, or fills what it leaves open:
  1. p goes in front of the query inside the last user turn, so that chat templates stay whole. Its wording is ours:
@@ -60,6 +60,7 @@ from common import (
     number,
     pick_device,
     plan_run,
+    prune,
     reference_stage,
     require,
     response_logps,
@@ -69,15 +70,18 @@ from common import (
     show,
     show_cost,
     show_hours,
+    show_matrix,
     show_plan,
     show_table,
     split_pairs,
+    stage,
     start_run,
     stop_ids,
     train,
     try_judge,
     turn_end,
     use_checkpointing,
+    win_matrix,
     write_events,
     write_json,
     write_jsonl,
@@ -97,7 +101,9 @@ class Args:
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
-    model: str = HfArg(default="tiny-p", help="Policy to train: a short name from above, a folder, or a hub id.")
+    model: str = HfArg(
+        default="tiny-p", help="Policy to train: a short name from the list above, a folder, or a hub id."
+    )
     pairs: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     judge: str = HfArg(
         default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own; '': none."
@@ -149,6 +155,7 @@ class Args:
     name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
     resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
     checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
+    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
     dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
     tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
     seed: int = HfArg(default=1, help="Seeds pairs, splits, sampling and shuffling.")
@@ -347,9 +354,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
         (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
         losses[pair], deltas[pair] = loss.detach().cpu(), delta.cpu()
         log_ratio[i] = (logps - ref_logps[i]).detach().cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    finite = math.isfinite(grad_norm)
-    require(finite, f"--learning_rate {args.learning_rate}: the gradient is not finite; try a lower one")
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -358,16 +363,23 @@ def train_step(policy, optimizer, scheduler, batch, args):
     return {**means, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
 
 
-def measure(policy, pairs, args):
+def measure(policy, pairs, folder, args):
     """The paper's measures on held-out pairs, relative to the start: mean margin and accuracy, behind p as well, and
-    how the margin rises with "gap", where that is known and varies.
+    how the margin rises with "gap", where that is known and varies. A stage: margins.jsonl, a row per pair.
     """
-    rows, figures = [(pair, y) for pair in pairs for y in pair["responses"]], {}
-    for suffix, prompt_ids in (("", "prompt_ids"), ("_p", "refined_ids")):
-        prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
-        log_ratio = score(policy, prompts, ids, args.micro_tokens, "measuring")
-        log_ratio -= torch.tensor([y[f"ref_logps{suffix}"] for _, y in rows])
-        margin = log_ratio[::2] - log_ratio[1::2]  # h(y+) - h(y-)
+
+    def margins(pairs):
+        rows, columns = [(pair, y) for pair in pairs for y in pair["responses"]], []
+        for name, prompt_ids in REFERENCES:
+            prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
+            log_ratio = score(policy, prompts, ids, args.micro_tokens, "measuring")
+            log_ratio -= torch.tensor([y[name] for _, y in rows])
+            columns.append((log_ratio[::2] - log_ratio[1::2]).tolist())  # h(y+) - h(y-)
+        return [{"margin": x, "margin_p": p_x} for x, p_x in zip(*columns, strict=True)]
+
+    rows, figures = stage(folder / "margins.jsonl", pairs, margins), {}
+    for suffix in ("", "_p"):
+        margin = torch.tensor([row[f"margin{suffix}"] for row in rows])
         figures[f"marginal{suffix}"] = margin.mean().item()
         figures[f"accuracy{suffix}"] = (margin > 0).float().mean().item()
         gaps = [pair.get("gap", math.nan) for pair in pairs]
@@ -457,8 +469,8 @@ def main(args):
         steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
         train_seconds = time.perf_counter() - begun
 
-        metrics, _ = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
-        metrics |= measure(policy, held_out, args)
+        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
+        metrics |= measure(policy, held_out, folder, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics |= {"pairs": len(pairs), "train_seconds": train_seconds, "seconds": time.perf_counter() - start}
@@ -466,17 +478,22 @@ def main(args):
         table.append(metrics)
         write_jsonl(run / "metrics.jsonl", table)
         show(metrics, COLUMNS)
+        best = max(table[1:], key=lambda m: m.get("win_rate_vs_start", m["iteration"]))["iteration"]
+        prune(run, iteration, best, args.keep)
         if args.tensorboard:
             iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
             write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
 
-    best = max(table[1:], key=lambda metrics: metrics.get("win_rate_vs_start", metrics["iteration"]))["iteration"]
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place
-    answered, chosen, _ = closing_answers(run / "final", device, held_out, asked, answers, best, args)
+    answered, chosen, facts = closing_answers(run / "final", device, held_out, asked, answers, best, args)
     write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
     show_table(table, COLUMNS, best)
+    if args.judge:
+        matrix = {**win_matrix(against), **facts}
+        write_json(run / "win_rates.json", matrix)
+        show_matrix(matrix)
     print(f"\n* lies in {run}/final; its answers are in {run}/outputs.json")
     return table
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ pytestmark = [
 
 JOBS = {
     "sppo": (sppo, {"limit": 48, "n_eval": 8, "iterations": 2, "k": 3, "epochs": 2, "batch_size": 4}),
-    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16}),
+    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16, "keep": 1}),
     "sr_dpo": (sr_dpo, {"limit": 48, "n_eval": 8, "epochs": 2, "batch_size": 4}),
     "sr_dpo online": (sr_dpo, {"limit": 48, "n_eval": 8, "online": True, "iterations": 2, "k": 3, "batch_size": 4}),
 }
@@ -121,6 +122,19 @@ def test_a_run_that_is_killed_anywhere_ends_like_one_that_is_not(workdir, small_
         assert found.keys() == right.keys()
         for file, content in right.items():
             assert found[file] == content, f"{file} after {kills} kills"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_seed_decides_everything_and_nothing_else_does(workdir, job):
+    script, settings = JOBS[job]
+    found = []
+    for i, seed in enumerate([1, 1, 2]):
+        random.seed(i), torch.manual_seed(i), numpy.random.seed(i)  # what a run must not draw from
+        script.main(script.Args(name=f"run-{i}", **settings, seed=seed))
+        found.append(result(workdir / "runs" / f"run-{i}"))
+    assert found[0] == found[1]
+    alike = {file for file in found[0].keys() & found[2].keys() if found[0][file] == found[2][file]}
+    assert not {file for file in alike if file.endswith((".jsonl", "model.safetensors"))}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
