@@ -1,0 +1,245 @@
+"""The README's pictures, drawn with matplotlib (pip install matplotlib) from results/*.json into .github/*.svg.
+
+    python tests/claims/pictures.py        all whose figures are there; it says which are not
+
+Backgrounds are transparent and text is grey, so that they can be read on light and on dark pages; colours are Okabe and
+Ito's, and whatever differs in colour differs in style as well. The same figures give the same bytes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")  # no display
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from games import BIASED, NASH, dno_exact_step, dpo_step, play, sppo_step, tensor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES = Path(__file__).resolve().parents[2] / ".github"
+GREY, FAINT = "#7f8a96", "#7f8a9655"
+STYLES = {  # the same in all pictures
+    "DPO": {"color": "#0072B2", "linestyle": (0, (5, 1.5, 1, 1.5))},
+    "SPPO": {"color": "#D55E00", "linestyle": "-"},
+    "DNO": {"color": "#009E73", "linestyle": (0, (4, 3))},
+    "Sr-DPO": {"color": "#CC79A7", "linestyle": (0, (1, 1.2))},
+}
+plt.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pictures",
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "savefig.transparent": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": GREY,
+        "axes.titlecolor": GREY,
+        "axes.titlesize": 11,
+        "text.color": GREY,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "grid.color": FAINT,
+        "legend.frameon": False,
+    }
+)
+
+
+# The games -----------------------------------------------------------------------------------------------------------
+
+
+def in_the_plane(pi):
+    """Policies (..., 3) as points (x, y) of a triangle with paper on top, rock to the left, scissors to the right."""
+    corners = tensor([0, 0], [0.5, 3**0.5 / 2], [1, 0])
+    return (pi @ corners).unbind(-1)
+
+
+def draw_phase(axes, T=1000, eta=0.25):
+    """T rounds on the biased game: iterates thin, their running averages thick."""
+    start = torch.log_softmax(tensor([0.5, 0.0, -0.5]), -1)
+    runs = {
+        "DPO": play(lambda log_pi: dpo_step(log_pi, BIASED, 1 / eta, start.exp()), start, T),
+        "SPPO": play(lambda log_pi: sppo_step(log_pi, BIASED, eta, "half"), start, T),
+        "DNO": play(lambda log_pi: dno_exact_step(log_pi, BIASED, 1 / eta), start, T),
+    }
+    labels = {"DPO": "DPO, given pairs", "SPPO": "SPPO", "DNO": "DNO (exact)"}
+    axes.plot(*in_the_plane(tensor([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0])), color=GREY, linewidth=1)
+    for name, policies in runs.items():
+        pi = policies[:, 0].exp()
+        means = pi.cumsum(0) / torch.arange(1, len(pi) + 1)[:, None]
+        x, y = in_the_plane(pi)
+        axes.plot(x[::2], y[::2], linewidth=1, alpha=0.8, **STYLES[name])
+        x, y = in_the_plane(means)
+        axes.plot(x[::2], y[::2], linewidth=3, label=labels[name], **STYLES[name])
+    x, y = in_the_plane(start[0].exp())
+    axes.plot(x, y, "o", color=GREY, markersize=6, label="start")
+    x, y = in_the_plane(NASH)
+    axes.plot(x, y, "*", color="#E69F00", markersize=14, markeredgecolor=GREY, markeredgewidth=0.6, label="Nash")
+    names = (("only rock", (0, -14), "center"), ("only paper", (8, -2), "left"), ("only scissors", (0, -14), "center"))
+    for corner, (name, offset, side) in zip(torch.eye(3, dtype=torch.float64), names, strict=True):
+        axes.annotate(name, in_the_plane(corner), offset, textcoords="offset points", ha=side)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.axis("off")
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, 1.0), handlelength=2.6)
+
+
+def draw_gap(axes, results):
+    """The duality gap after T rounds: mean over starts, and from the least to the largest."""
+    record = json.loads((results / "average_iterate.json").read_text())
+    T, curves = record["rounds"], record["curves"]
+    shown = [
+        ("DPO", curves["DPO"]["last"], "DPO, given pairs", 1.6, ""),
+        ("SPPO", curves["SPPO, eta / 2"]["last"], "SPPO, last iterate", 1.0, "o"),
+        ("DNO", curves["exact DNO"]["last"], "DNO, last iterate", 1.0, "o"),
+        ("SPPO", curves["SPPO, eta / 2"]["average"], "SPPO, average", 2.8, "s"),
+        ("DNO", curves["exact DNO"]["average"], "DNO, average", 2.8, "s"),
+    ]
+    for name, gaps, label, width, marker in shown:
+        gaps = tensor(*gaps)  # (T, starts)
+        style = {"linewidth": width, "marker": marker, "markersize": 7 if name == "SPPO" else 4} | STYLES[name]
+        axes.plot(T, gaps.mean(1), label=label, markerfacecolor="none" if width < 2 else None, **style)
+        if name == "SPPO":  # DNO's band is the same
+            axes.fill_between(T, gaps.amin(1), gaps.amax(1), color=STYLES[name]["color"], alpha=0.12, linewidth=0)
+    for power, label, at in ((-0.5, "1/√T", len(T) - 1), (-1, "1/T", len(T) - 3)):
+        guide = [0.16 * (t / T[0]) ** power for t in T]
+        axes.plot(T, guide, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(label, (T[at], guide[at]), (6, 3), textcoords="offset points")
+    axes.set(
+        xscale="log", yscale="log", xlabel="rounds T", ylabel="duality gap, probability (0: Nash)", ylim=(8e-4, 0.5)
+    )
+    axes.grid(linewidth=0.5)
+    axes.legend(loc="lower left", fontsize=9)
+
+
+def phase(results):
+    figure, axes = plt.subplots(figsize=(6, 4.8))
+    draw_phase(axes)
+    return figure
+
+
+def gap(results):
+    figure, axes = plt.subplots(figsize=(6, 4.4))
+    draw_gap(axes, results)
+    return figure
+
+
+def overview(results):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.05))
+    draw_phase(left)
+    draw_gap(right, results)
+    left.set_title("Where policies go: iterates thin, averages thick")
+    right.set_title("How easily they are beaten")
+    return figure
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def band(axes, x, rows, **style):
+    """The mean of rows (seeds, steps) over x as a line, and their range as a band."""
+    rows = tensor(*rows)
+    axes.plot(x, rows.mean(0), **style)
+    axes.fill_between(x, rows.amin(0), rows.amax(0), color=style["color"], alpha=0.18, linewidth=0)
+
+
+def learning(results):
+    """Share of right answers by iterate, of samples and of the most likely ones, under the three default jobs."""
+    runs = json.loads((results / "default.json").read_text())["runs"]
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=True):
+        seeds = list(runs[key].values())
+        iterates = [row["iteration"] for row in seeds[0]]
+        color = STYLES[name]["color"]
+        for measure, label, line, marker in (
+            ("exact_match", "samples", "-", "o"),
+            ("greedy_exact_match", "most likely answers", "--", "s"),
+        ):
+            rows = [[row[measure] for row in seed] for seed in seeds]
+            band(axes, iterates, rows, color=color, linestyle=line, marker=marker, linewidth=2, label=label)
+        axes.set(xlabel="iterate (0: the start)", xticks=iterates, ylim=(0, 1.03), title=f"{name}, {len(seeds)} seeds")
+        axes.grid(linewidth=0.5)
+        axes.legend(loc="lower right")
+    panels[0].set_ylabel("share of right answers")
+    return figure
+
+
+def logratios(results):
+    """log pi / pi_t of chosen and rejected responses over the training steps, under three methods."""
+    methods = json.loads((results / "log_ratios.json").read_text())["steps"]
+    figure, panels = plt.subplots(1, len(methods), figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axes, (name, seeds) in zip(panels, methods.items(), strict=True):
+        steps = min(len(rows) for rows in seeds.values())
+        rows = torch.stack([tensor(*rows[:steps]) for rows in seeds.values()])  # (seeds, steps, 2)
+        width = max(1, steps // 40)
+        bins = steps // width
+        means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
+        x = (torch.arange(bins) + 0.5) * width
+        for i, (label, line) in enumerate((("chosen", "-"), ("rejected", "--"))):
+            band(
+                axes, x, means[:, :, i].tolist(), color=STYLES[name]["color"], linestyle=line, linewidth=2, label=label
+            )
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {len(seeds)} seeds")
+        axes.grid(linewidth=0.5)
+        axes.legend(loc="lower left")
+    panels[0].set_ylabel("log-ratio, nats")
+    return figure
+
+
+def benches(results):
+    """Time and memory as ratios to something else's."""
+    rows = json.loads((results / "benches.json").read_text())["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(rows)), layout="constrained")
+    measures = (("time", 0.2, "#D55E00", ""), ("memory", -0.2, "#0072B2", "///"))
+    for measure, shift, color, hatch in measures:
+        bars = [(i + shift, row[measure]) for i, row in enumerate(rows) if row.get(measure)]
+        if bars:
+            y, ratios = zip(*bars, strict=True)
+            left = [min(r, 1) for r in ratios]
+            widths = [abs(r - 1) for r in ratios]
+            style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5}
+            axes.barh(y, widths, height=0.36, left=left, label=measure, **style)
+            for at, r in bars:
+                axes.annotate(
+                    f"{r:.3g} ×", (max(r, 1), at), (4, 0), textcoords="offset points", va="center", fontsize=9
+                )
+    axes.axvline(1, color=GREY, linewidth=1.2)
+    ratios = [row[measure] for row in rows for measure, *_ in measures if row.get(measure)]
+    axes.set_xlim(min([0.8, *ratios]) / 1.15, max([1, *ratios]) * 1.3)
+    axes.set(xscale="log", xlabel="ratio to the other's (left of 1: less)")
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=9)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+PICTURED = {"overview": overview, "phase": phase, "gap": gap, "learning": learning, "logratios": logratios}
+PICTURED |= {"benches": benches}
+
+
+def main(results=RESULTS, pictures=PICTURES):
+    """Draw what there are figures for; returns the names of what was drawn."""
+    drawn = []
+    pictures.mkdir(exist_ok=True)
+    for name, picture in PICTURED.items():
+        try:
+            figure = picture(results)
+        except FileNotFoundError as error:
+            print(f"{name}.svg: not drawn, there is no {Path(error.filename).name}")
+            continue
+        figure.savefig(pictures / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+        drawn.append(name)
+        print(f"{name}.svg")
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
