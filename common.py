@@ -160,7 +160,7 @@ def pick_device(args):
 
 class _Parser(HfArgumentParser):
     def error(self, message):  # argparse would print the whole usage in front of the line that matters
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -185,11 +185,12 @@ def cli(main, args_class, recipes, description, argv=None):
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both stop as Ctrl-C does
     try:
         args = args_class(**vars(parser.parse_args(argv)))
-        if args.resume:  # the run's own values are the defaults, and what differs from them is refused
-            config = read_config(args.resume)
-            known = {name: config.get(name, value) for name, value in vars(args).items()}
-            parser.set_defaults(**{**known, "resume": ""})
-            args = args_class(**vars(parser.parse_args(argv)))
+        if args.resume:  # the run's own flags come first, and what differs from them is refused
+            config, script = read_config(args.resume), Path(main.__code__.co_filename).stem
+            require(config["script"] == script, f"--resume {args.resume}: it was begun by {config['script']}.py")
+            begun = [f"--{name}={config[name]}" for name in vars(args) if name in config and name != "resume"]
+            argv = sys.argv[1:] if argv is None else argv
+            args = args_class(**vars(parser.parse_args([*begun, *argv])))
             other = [n for n, v in vars(args).items() if n not in KNOBS and v != config.get(n, v)]
             words = ", ".join(f"--{n} {getattr(args, n)} (there {config[n]})" for n in other)
             require(not other, f"--resume {args.resume}: it was begun with other values: {words}")
@@ -207,7 +208,7 @@ def read_config(folder):
     """The config.json of a run's folder."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        require(isinstance(config, dict), "no object")
+        require(isinstance(config, dict) and {"versions", "script"} <= config.keys(), "it is not of these scripts")
         return config
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {folder}: no run's folder, its config.json cannot be read ({error})") from None
@@ -220,7 +221,7 @@ def run_folder(args, script):
     Raises InputError when it is taken, since a run never overwrites another, or when it could not be written.
     """
     if args.resume:
-        return Path(args.resume)
+        return Path(os.path.relpath(Path(args.resume).resolve()))  # of a link the folder itself
     model, stamp = re.sub(r"[^A-Za-z0-9._+]+", "-", Path(args.model).name)[:60], time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / (args.name or f"{script}-{model}-s{args.seed}-{stamp}")
     taken = f"--name {folder.name}: {folder} is taken; a run never overwrites another: remove it or choose another name"
@@ -342,7 +343,10 @@ def stage(path, items, make, chunk=0):
     """
     path = Path(path)
     if path.exists():
-        return read_jsonl(path)
+        rows = read_jsonl(path)
+        whole = len(rows) == len(items) and all(isinstance(row, dict) for row in rows)
+        require(whole, f"{path}: damaged, it has not the {len(items)} rows; remove it, and --resume makes it anew")
+        return rows
     chunk = chunk or max(1, len(items))
     part, rows = path.with_name(f"{path.name}.part"), []
     if part.exists():
@@ -943,6 +947,8 @@ def read_rows(flag, source):
     two as NAME or NAME:split, by default the split "train" or the only one. `where` says which line or row it is.
     Raises InputError, which begins with `flag`.
     """
+    require(source, f"{flag} '': give a file, a folder or a dataset on the hub")
+    require("://" not in source, f"{flag} {source}: an address; download the file, or give its dataset's id")
     if not os.path.isfile(source):
         name, _, split = source.rpartition(":") if ":" in source and not os.path.isdir(source) else (source, "", "")
         yield from (_folder_rows if os.path.isdir(name) else _hub_rows)(flag, name, split)
@@ -1111,13 +1117,13 @@ def read_pair(row):
         use_if(len(scored) > 1 and scored[0][0] < scored[-1][0], "without a better and a worse completion")
         chosen, rejected, scores = scored[-1][1], scored[0][1], (scored[-1][0], scored[0][0])
     else:
-        require("chosen" in row and "rejected" in row, f"no pair; keys found: {', '.join(row)}")
+        require("chosen" in row and "rejected" in row, f"no pair; keys found: {', '.join(row):.300}")
         scores = [row.get(f"score_{name}") for name in ("chosen", "rejected")]
         chosen, rejected = (_prompt_and_answer(row[name])[1] for name in ("chosen", "rejected"))
     use_if(chosen.strip() and rejected.strip(), "with an empty response")
     use_if(chosen != rejected, "with two equal responses")
     use_if(is_text(chosen + rejected), HALF)
-    known = all(type(s) in (int, float) and math.isfinite(s) for s in scores)
+    known = all(type(s) in (int, float) for s in scores) and math.isfinite(scores[0] - scores[1])
     return {
         "prompt": prompt,
         "chosen": chosen,
@@ -1134,7 +1140,7 @@ def read_responses(row, k):
     Raises LeftOut, or InputError if there are fewer than k.
     """
     texts = row.get("responses", row.get("all_generated_responses"))
-    require(isinstance(texts, list), f"no responses; keys found: {', '.join(row)}")
+    require(isinstance(texts, list), f"no responses; keys found: {', '.join(row):.300}")
     require(len(texts) >= k, f"{len(texts)} responses, --k {k} wants {k}")
     responses = []
     for i, y in enumerate(texts[:k]):
@@ -1213,7 +1219,7 @@ def read_gold(row):
     completions = [y.get("response") for y in row.get("completions") or [] if y.get("model") == "gpt-4"]
     texts = [row.get(name) for name in ("gold", "response", "output", "chosen")]
     known = "completions" in row or any(text is not None for text in texts)
-    require(known, f"no gold; keys found: {', '.join(row)}; wanted gold, response, output, chosen or completions")
+    require(known, f"no gold; keys found: {', '.join(row):.300}; wanted gold, response, output, chosen or completions")
     text = next((text for text in [*completions, *texts] if text is not None), None)
     use_if(text is not None, "without a completion of gpt-4")
     gold = _prompt_and_answer(text)[1]
@@ -1277,35 +1283,56 @@ def render(tokenizer, messages):
         return render(tokenizer, [folded, *rest])
 
 
-def encode(tokenizer, messages):
-    """Token ids of the rendered prompt. What users wrote stays text, even where it spells a special token."""
-    contents = [message["content"] for message in messages]
-    if not any(token in content for token in control_tokens(tokenizer) for content in contents):
-        return tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
-    # Render with a mark in place of each content, then tokenise the template's pieces and the contents apart.
-    marks = {f"\ue000{i}\ue001": content for i, content in enumerate(contents)}
-    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    ids = []
-    for piece in filter(None, re.split("(\ue000[0-9]+\ue001)", render(tokenizer, marked))):
-        mine = piece not in marks
-        ids += tokenizer(piece, add_special_tokens=False).input_ids if mine else encode_text(tokenizer, marks[piece])
-    return ids
+def token_ids(tokenizer, text, add_special_tokens=False, **settings):
+    """Token ids of a text. Raises InputError for whatever a tokenizer raises."""
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens, **settings).input_ids
+    except Exception as error:
+        raise InputError(
+            f"--model: its tokenizer fails on {text!r:.60} ({' '.join(str(error).split()):.200})"
+        ) from None
 
 
 def control_tokens(tokenizer):
-    """What may not come out of a text: special tokens, and others of those added that the chat template writes."""
-    added = tokenizer.added_tokens_decoder.values()
-    template = str(tokenizer.chat_template or "")
-    return [t.content for t in added if t.special or (t.content in template and len(t.content.strip()) > 1)]
+    """What may not come out of a text, {token: id}: special tokens, and others added that the chat template writes."""
+    added, template = tokenizer.added_tokens_decoder, str(tokenizer.chat_template or "")
+    tokens = {t.content: i for i, t in added.items() if t.special or (t.content in template and t.content.strip()[1:])}
+    tokens.pop(tokenizer.unk_token, None)  # which is what other texts may become
+    return tokens
+
+
+def encode(tokenizer, messages):
+    """Token ids of the rendered prompt. What users wrote stays text, even where it spells a special token.
+
+    Raises InputError where a role spells one, or the chat template rejects the messages.
+    """
+    control = control_tokens(tokenizer)
+    plain = not any(token in message["role"] for token in control for message in messages)
+    require(plain, "a role that spells a control token")
+    # With a mark in place of each content, what the template itself writes is seen.
+    marks = {f"\ue000{i}\ue001": message["content"] for i, message in enumerate(messages)}
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    pieces = [piece for piece in re.split("(\ue000[0-9]+\ue001)", render(tokenizer, marked)) if piece]
+    ids = token_ids(tokenizer, render(tokenizer, messages))
+    written = itertools.chain(*(token_ids(tokenizer, piece) for piece in pieces if piece not in marks))
+    if [i for i in ids if i in control.values()] == [i for i in written if i in control.values()]:
+        return ids
+    # The contents spell some, too: tokenise the template's pieces and the contents apart.
+    apart = [encode_text(tokenizer, marks[p]) if p in marks else token_ids(tokenizer, p) for p in pieces]
+    return list(itertools.chain(*apart))
 
 
 def encode_text(tokenizer, text):
     """Token ids of what a user or another model wrote: no control tokens, not even those that it spells."""
-    spelled = [token for token in control_tokens(tokenizer) if token in text]
-    cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelled)
-    pieces = re.split(cuts, text) if spelled else [text]  # each is cut behind its first letter
-    ids = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids for piece in pieces]
-    return list(itertools.chain(*ids))
+    control = control_tokens(tokenizer)
+    # Those that are not special for the tokenizer are cut behind their first letter.
+    cut = [t for t, i in control.items() if t in text and not tokenizer.added_tokens_decoder[i].special]
+    cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in cut)
+    pieces = re.split(cuts, text) if cut else [text]
+    ids = list(itertools.chain(*(token_ids(tokenizer, piece, split_special_tokens=True) for piece in pieces)))
+    if any(i in control.values() for i in ids):  # what a tokenizer's normaliser makes of look-alikes
+        ids = itertools.chain(*(token_ids(tokenizer, letter, split_special_tokens=True) for letter in text))
+    return [i for i in ids if i not in control.values()]
 
 
 def turn_end(tokenizer, stop_ids):
@@ -1329,7 +1356,7 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
     if not tokenizer.chat_template:
         print("this model has no chat template: prompts are given to it as plain text")
     bos = tokenizer.bos_token_id
-    wants_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    wants_bos = bos is not None and token_ids(tokenizer, "a", add_special_tokens=True)[:1] == [bos]
     kept, left_out, rejected = [], collections.Counter(), ""
     for prompt in prompts:
         row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
@@ -1344,7 +1371,7 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
         if 0 < len(ids) <= max_tokens:
             kept.append({**row, "prompt_ids": ids})
         else:
-            left_out[f"over --max_prompt_tokens {max_tokens}"] += 1
+            left_out[f"over --max_prompt_tokens {max_tokens}" if ids else "the chat template writes nothing"] += 1
     for reason, n in left_out.items():
         print(f"{flag}: {n} of {len(prompts)} left out: {reason}")
     require(kept, f"{flag}: none is left: {' and '.join(left_out)}")
@@ -1371,7 +1398,9 @@ MODELS = {
 def load_config(name):
     """The configuration of --model: a key of MODELS, a folder, or a hub id. Raises InputError."""
     try:
-        return AutoConfig.from_pretrained(tiny_policy(name) if name in TINIES else MODELS.get(name, name))
+        return AutoConfig.from_pretrained(
+            tiny_policy(name) if name in TINIES else MODELS.get(name, name), trust_remote_code=False
+        )
     except Exception as error:
         raise not_loaded("--model", name, "its config.json", error) from None
 
@@ -1405,13 +1434,18 @@ def load_policy(name, device="cpu", context=0, dtype=None):
     try:
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         attention = {"attn_implementation": "eager"} if softcap else {}  # sdpa cannot cap the scores (Gemma-2)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        settings = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, **attention}
+        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
         _load_master(policy, Path(path) / MASTER)
     except Exception as error:
         raise not_loaded("--model", name, "its tokenizer or its weights, in safetensors,", error) from None
-    missing = min(report["missing_keys"], default="")  # transformers fills these with random numbers
+    missing = min(
+        report["missing_keys"], default=""
+    )  # transformers fills these with random numbers, and misshapen ones
+    misshapen = min(report["mismatched_keys"], default="")
+    require(not misshapen, f"--model {name}: its weights do not have the shapes of its config.json: {misshapen}")
     require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")
     for p in policy.to(device).parameters():
         if hasattr(p, "master_remainder"):
@@ -1421,7 +1455,13 @@ def load_policy(name, device="cpu", context=0, dtype=None):
     check_positions(name, config, context)
     rows = policy.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
-    linear = policy.base_model is not policy and policy.get_output_embeddings() is not None and _head_fits(policy)
+    try:
+        linear = policy.base_model is not policy and policy.get_output_embeddings() is not None and _head_fits(policy)
+        stop_ids(policy, tokenizer)
+    except InputError as error:
+        raise InputError(f"--model {name}: {error}") from None
+    except Exception as error:  # settings of a type that no arithmetic is made for
+        raise InputError(f"--model {name}: its config.json or generation_config.json is at fault ({error})") from None
     require(linear, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
     return policy, tokenizer
 
@@ -1432,6 +1472,7 @@ def _head_fits(policy):
     ids = torch.arange(4, device=policy.device)[None] % len(policy.get_input_embeddings().weight)
     hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     mine, theirs = head_logits(hidden, **lm_head(policy)), policy(input_ids=ids, use_cache=False).logits[0]
+    require(theirs.isfinite().all(), "its weights give logits that are not finite")
     return (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
 
 
@@ -1957,7 +1998,7 @@ class PairRM:
             config = DebertaV2Config.from_pretrained(name)
             alien = f"its config.json is not that of {PAIRRM}: no source_prefix_id"
             require(hasattr(config, "source_prefix_id"), alien)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.prefixes = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             marks = self.tokenizer.convert_ids_to_tokens(self.prefixes)
             marks += [getattr(self.tokenizer, name) for name in ("cls_token", "sep_token", "pad_token")]
@@ -2362,6 +2403,7 @@ def load_judge(args, device):
             max_failures=args.max_judge_failures,
         )
     if not args.judge:
+        require(not hasattr(args, "prompts"), "--judge: this script takes one")
         return None
     if args.judge in JUDGES:
         return JUDGES[args.judge]()
@@ -2396,7 +2438,10 @@ def _checked(opinion, prompts, k, number):
     """A judge's prefs (B, K, K) or points (B, K), checked; `number` is that of the first prompt."""
     got, wanted = tuple(getattr(opinion, "shape", ())) or type(opinion).__name__, (len(prompts), k, k)
     require(got in (wanted, wanted[:2]), f"--judge: wanted prefs {wanted} or points {wanted[:2]}, got {got}")
-    opinion = torch.as_tensor(opinion, dtype=torch.float32).cpu()
+    try:
+        opinion = torch.as_tensor(opinion, dtype=torch.float32).cpu()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--judge: what it returned are no numbers ({error})") from None
     if got == wanted:
         fair = ((opinion >= 0) & (opinion <= 1) & ((opinion + opinion.mT - 1).abs() < 1e-4)).flatten(1).all(1)
         what = "no probabilities with P(a > b) + P(b > a) = 1, 1/2 for a tie"
@@ -2422,6 +2467,7 @@ def ask_judge(judge, prompts, responses):
     if all("score" in y for row in responses for y in row):
         return score_prefs(torch.tensor([[y["score"] for y in row] for row in responses], dtype=torch.float64))
     n, opinions = getattr(judge, "batch", max(1, min(64, 1280 // k**2))), []
+    require(type(n) is int and n > 0, f"--judge: its `batch`, the most prompts per call, is {n!r:.60}")
     for i in tqdm(range(0, b, n), desc="judging", unit="batch", leave=False, disable=None):
         messages = [prompt["prompt"] for prompt in prompts[i : i + n]]
         with short_of_memory("judging", "nothing else on that GPU"):
@@ -2558,6 +2604,7 @@ def plan_run(args, device, rule, trained, memory=None):
         print(f"{args.model}: its memory cannot be counted, so it is not checked ({type(error).__name__})")
         n, kv, activations = 0, 0, 0
     config, have = config.get_text_config(), memory or memory_of(device)
+    require(config.num_hidden_layers, f"--model {args.model}: its config.json says that it has no layers")
     resident = args.judge not in ("", "llm", *JUDGES)
     judge = {"judge": judge_size(args.judge), "its batch": 512 * PAIRRM_SCORES} if resident else {}
     weights = {"weights": n * dtype.itemsize, "master": n * 2 if device == "cuda" else 0}
@@ -2587,8 +2634,9 @@ def plan_run(args, device, rule, trained, memory=None):
     knobs = {
         "sampling": ("slots", args.slots, slot, 1),
         "training": ("micro_tokens", tokens, per_token[checkpointing], row),
+        "evaluation": ("micro_tokens", tokens, max(1, one_layer), row),
     }
-    wanted, flags = {stage: sum(parts.values()) for stage, parts in stages(checkpointing).items()}, []
+    wanted, flags = {stage: sum(parts.values()) for stage, parts in stages(checkpointing).items()}, {}
     stage = max(wanted, key=wanted.get)
     short = f"--model {args.model}: {stage} takes {_parts(stages(checkpointing)[stage])}, there are {have / 1e9:.1f}"
     for stage in [stage for stage in wanted if wanted[stage] > have]:
@@ -2604,8 +2652,8 @@ def plan_run(args, device, rule, trained, memory=None):
         require(
             most >= least, f"{short}; lower --max_new_tokens: {most} tokens fit for a prompt and {trained} responses"
         )
-        flags.append(f"--{flag} {most}")
-    require(not flags, f"{short}; it fits with {' '.join(flags)}")
+        flags[flag] = min(most, flags.get(flag, most))
+    require(not flags, f"{short}; it fits with {' '.join(f'--{flag} {most}' for flag, most in flags.items())}")
     # Iterates, final/, and two checkpoints of training, while one takes the place of the other.
     policies = min(args.iterations, args.keep + 2) + 1
     disk = policies * sum(weights.values()) + 2 * (sum(weights.values()) + moments)
@@ -2837,7 +2885,9 @@ def compare_answers(policy, tokenizer, held_out, answers, previous, args):
             metrics["win_rate_at_equal_length"], metrics["win_rate_at_equal_length_se"] = reading
     for prefix, ys in graded.items():
         figures = judge.metrics([p["prompt"] for p in held_out], [[y["text"]] for y in ys])
-        metrics |= {prefix + name: float(figure) for name, figure in figures.items()}
+        require(isinstance(figures, dict), f"--judge: its `metrics` returned {type(figures).__name__}, not a dict")
+        figures = {prefix + name: float(figure) for name, figure in figures.items()}
+        metrics = {**figures, **metrics}
     metrics |= getattr(judge, "totals", {})
     del judge  # only one of judge, reference and optimiser is in memory beside the policy
     if t:
@@ -2914,7 +2964,7 @@ def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, arg
     the run after its step, everything is saved that training needs to go on. Raises InputError when a gradient is not
     finite, before any weight is changed by it.
     """
-    if (folder / "policy").exists():
+    if (folder / "policy").exists() and (folder / "steps.jsonl").exists():
         copy_weights(load_policy(str(folder / "policy"), policy.device)[0], policy)
         policy.outdated = ""
         return read_jsonl(folder / "steps.jsonl")

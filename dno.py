@@ -411,7 +411,7 @@ def main(args):
         judge, sampled = load_judge(args, device), 0 if args.responses else args.k
         show_hours(policy, judge, parts[0], held_out, asked, args, "rmsprop", most, ranked, sampled)
         return []
-    start_run(run, args, device=device, parameters=policy.num_parameters())
+    start_run(run, args, script="dno", device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous, earlier = [], args.model, []
     table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]

@@ -303,7 +303,7 @@ def main(args):
         judge, sampled = load_judge(args, device), 0 if args.responses else args.k
         show_hours(policy, judge, parts[0], held_out, asked, args, "rmsprop", trained, args.k, sampled)
         return []
-    start_run(run, args, device=device, parameters=policy.num_parameters())
+    start_run(run, args, script="sppo", device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous = [], args.model
     table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]

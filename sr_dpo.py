@@ -449,7 +449,7 @@ def main(args):
     if args.dry_run:
         show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", 2, sampled, sampled)
         return []
-    start_run(run, args, device=device, parameters=policy.num_parameters())
+    start_run(run, args, script="sr_dpo", device=device, parameters=policy.num_parameters())
     print(f"{run}: {args.loss} on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
         attach_ref_logps(policy, held_out, args, name, prompt_ids)
