@@ -1354,7 +1354,7 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
     whether its template writes it or not.
     """
     if not tokenizer.chat_template:
-        print("this model has no chat template: prompts are given to it as plain text")
+        print("this model has no chat template: prompts are plain text, turns without speakers; give it one if need be")
     bos = tokenizer.bos_token_id
     wants_bos = bos is not None and token_ids(tokenizer, "a", add_special_tokens=True)[:1] == [bos]
     kept, left_out, rejected = [], collections.Counter(), ""
@@ -2673,7 +2673,7 @@ def show_plan(plan, args):
     print(f"{args.model}: {plan['parameters']:,} parameters; there are {plan['memory'] / 1e9:.1f} GB of memory")
     for stage, sizes in plan["stages"].items():
         print(f"  {stage:<12}{_parts(sizes)}")
-    print(f"  {'disk':<12}{plan['disk'] / 1e9:.1f} GB for {args.iterations} iterates and final/, and the responses")
+    print(f"  {'disk':<12}{plan['disk'] / 1e9:.1f} GB for iterates, final/ and checkpoints, and a little for responses")
     print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
 
 
