@@ -1,1 +1,0 @@
-collect_ignore = ["pictures.py"]  # it imports matplotlib, which the tests do without
