@@ -1503,7 +1503,7 @@ def save_policy(policy, tokenizer, folder):
 
 def _checksum(folder):
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.name != "sha256"):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != "sha256"):
         with open(path, "rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
