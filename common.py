@@ -133,6 +133,8 @@ LIMITS = {
 }
 
 
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
 # What may differ when a run is resumed: how fast, where and for how much, not what is learned.
 KNOBS = {"resume", "dry_run", "tensorboard", "slots", "micro_tokens", "checkpointing", "checkpoint_minutes", "keep"}
 KNOBS |= {"judge_url", "judge_price_in", "judge_price_out", "max_judge_cost", "max_judge_failures"}
@@ -182,9 +184,13 @@ def cli(main, args_class, recipes, description, argv=None):
     parser.set_defaults(**recipes.get(model, recipes["other"]))
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to lose a run
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both stop as Ctrl-C does
+    for number in STOPS[1:]:  # all stop as Ctrl-C does; what nohup ignores stays ignored
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         args = args_class(**vars(parser.parse_args(argv)))
+        given = "--resume" in (sys.argv[1:] if argv is None else argv)
+        require(args.resume or not given, "--resume '': give a run's folder, runs/NAME")
         if args.resume:  # the run's own flags come first, and what differs from them is refused
             config, script = read_config(args.resume), Path(main.__code__.co_filename).stem
             require(config["script"] == script, f"--resume {args.resume}: it was begun by {config['script']}.py")
@@ -248,6 +254,8 @@ def start_run(folder, args, **facts):
     else:
         try:
             folder.mkdir(parents=True)
+        except FileExistsError:
+            raise InputError(f"--name {folder.name}: {folder} is taken; choose another name") from None
         except OSError as error:
             raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
     with contextlib.suppress(ImportError):  # not on Windows
@@ -335,8 +343,10 @@ def read_jsonl(path):
         raise InputError(f"{path}: cannot be read ({error}); remove it, and --resume makes it anew") from None
 
 
-def stage(path, items, make, chunk=0):
+def stage(path, items, make, chunk=0, keys=()):
     """make(items), a row per item, done once: what lies in the .jsonl file at `path`, or else written there.
+
+    Raises InputError where the file has not a row for each item, an object that has all `keys`.
 
     With `chunk` items are made so many at a time, and rows of whole chunks are kept in a file beside `path` until all
     are done, so that a run that was killed goes on from its last whole chunk.
@@ -344,8 +354,8 @@ def stage(path, items, make, chunk=0):
     path = Path(path)
     if path.exists():
         rows = read_jsonl(path)
-        whole = len(rows) == len(items) and all(isinstance(row, dict) for row in rows)
-        require(whole, f"{path}: damaged, it has not the {len(items)} rows; remove it, and --resume makes it anew")
+        whole = len(rows) == len(items) and all(isinstance(row, dict) and set(keys) <= row.keys() for row in rows)
+        require(whole, f"{path}: damaged, it has not its {len(items)} rows; remove it, and --resume makes it anew")
         return rows
     chunk = chunk or max(1, len(items))
     part, rows = path.with_name(f"{path.name}.part"), []
@@ -1117,7 +1127,10 @@ def read_pair(row):
         use_if(len(scored) > 1 and scored[0][0] < scored[-1][0], "without a better and a worse completion")
         chosen, rejected, scores = scored[-1][1], scored[0][1], (scored[-1][0], scored[0][0])
     else:
-        require("chosen" in row and "rejected" in row, f"no pair; keys found: {', '.join(row):.300}")
+        require(
+            "chosen" in row and "rejected" in row,
+            f"no pair; keys found: {', '.join(row):.300}; shapes accepted: {SHAPES}",
+        )
         scores = [row.get(f"score_{name}") for name in ("chosen", "rejected")]
         chosen, rejected = (_prompt_and_answer(row[name])[1] for name in ("chosen", "rejected"))
     use_if(chosen.strip() and rejected.strip(), "with an empty response")
@@ -2778,7 +2791,7 @@ def sampling_stage(policy, tokenizer, prompts, k, seed, folder, args, given=None
         rows = given or sample_responses(policy, tokenizer, prompts, k, seed, args)
         return [{**prompt, "responses": row} for prompt, row in zip(prompts, rows, strict=True)]
 
-    rows = stage(folder / "responses.jsonl", prompts, make, 0 if given else CHUNK_OF_PROMPTS)
+    rows = stage(folder / "responses.jsonl", prompts, make, 0 if given else CHUNK_OF_PROMPTS, ["responses"])
     return [row["responses"] for row in rows]
 
 
@@ -2790,7 +2803,7 @@ def judging_stage(prompts, responses, folder, device, args):
         return [{"prefs": matrix} for matrix in prefs.tolist()]
 
     items = list(zip(prompts, responses, strict=True))
-    rows = stage(folder / "preferences.jsonl", items, make, CHUNK_OF_PROMPTS)
+    rows = stage(folder / "preferences.jsonl", items, make, CHUNK_OF_PROMPTS, ["prefs"])
     return torch.tensor([row["prefs"] for row in rows])
 
 
@@ -2802,7 +2815,7 @@ def reference_stage(policy, pairs, folder, args, names=(("ref_logps", "prompt_id
             attach_ref_logps(policy, pairs, args, name, prompt_ids)
         return pairs
 
-    return stage(folder / "pairs.jsonl", pairs, make)
+    return stage(folder / "pairs.jsonl", pairs, make, keys=["prompt_ids", "responses"])
 
 
 def as_response(ids, text, finished, args):
@@ -2848,8 +2861,8 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
 
     answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
     iterate before this one, a name or folder for load_policy. folder: where answers.jsonl and evaluation.jsonl go, and
-    come from where they are there. Returns the metrics, and prefs (held-out prompts, iterates, iterates), 1/2 for the
-    start alone.
+    come from where they are there. Returns the metrics, and prefs (held-out prompts, iterates, iterates), which is
+    (held-out prompts, 1, 1) for the start and without a judge.
     """
 
     def answer(prompts):
@@ -2860,8 +2873,8 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
         metrics, prefs = compare_answers(policy, tokenizer, held_out, answers, previous, args)
         return [{"metrics": metrics, "prefs": prefs.tolist()}]
 
-    answers.append(stage(folder / "answers.jsonl", held_out, answer, CHUNK_OF_PROMPTS))
-    row = stage(folder / "evaluation.jsonl", [answers], compare)[0]
+    answers.append(stage(folder / "answers.jsonl", held_out, answer, CHUNK_OF_PROMPTS, ["ids", "text"]))
+    row = stage(folder / "evaluation.jsonl", [answers], compare, keys=["metrics", "prefs"])[0]
     return row["metrics"], torch.tensor(row["prefs"])
 
 
@@ -2938,6 +2951,7 @@ def gold_responses(policy, tokenizer, parts, args):
 
     golds = [[gold(prompt) for prompt in part] for part in parts]
     missing, n = sum(row.count(None) for row in golds), sum(map(len, parts))
+    require(missing < n, f"--gold {args.gold}: none of its prompts is one to train on; give --gold '' for no teacher")
     if missing:
         print(f"--gold: missing for {missing} of {n} prompts, which have student pairs only")
     return golds
@@ -3008,8 +3022,8 @@ def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, arg
 
 @contextlib.contextmanager
 def stop_after_step():
-    """A list that is no longer empty after the first Ctrl-C or SIGTERM; the second one ends the block at once."""
-    stopped, signals = [], (signal.SIGINT, signal.SIGTERM)
+    """A list that is no longer empty after the first of STOPS; the second one ends the block at once."""
+    stopped = []
 
     def stop(number, frame):
         if stopped:
@@ -3017,13 +3031,13 @@ def stop_after_step():
         stopped.append(number)
 
     try:
-        before = [signal.signal(number, stop) for number in signals]
+        before = {n: signal.signal(n, stop) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
     except ValueError:  # not in the main thread: there is nobody to press Ctrl-C
-        before = []
+        before = {}
     try:
         yield stopped
     finally:
-        for number, handler in zip(signals, before, strict=False):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -3077,6 +3091,18 @@ def copy_weights(source, policy):
         p.data = q.data
         if hasattr(q, "master_remainder"):
             p.master_remainder = q.master_remainder
+
+
+def record(run, table, metrics, args):
+    """Add an iterate's metrics to `table` and metrics.jsonl; what a resumed run has done before keeps its times."""
+    file = run / "metrics.jsonl"
+    rows = {row["iteration"]: row for row in (read_jsonl(file) if file.exists() else [])}
+    if args.resume:
+        metrics = {
+            name: v for name, v in metrics.items() if name not in ("seconds", "train_seconds", "tokens_per_second")
+        }
+    table.append(rows.setdefault(metrics["iteration"], metrics))
+    write_jsonl(file, [rows[t] for t in sorted(rows)])
 
 
 def attach(name, rows, values):

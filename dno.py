@@ -65,6 +65,7 @@ from common import (
     pick_device,
     plan_run,
     prune,
+    record,
     reference_stage,
     require,
     response_logps,
@@ -85,7 +86,6 @@ from common import (
     win_matrix,
     write_events,
     write_json,
-    write_jsonl,
 )
 
 
@@ -414,9 +414,9 @@ def main(args):
     start_run(run, args, script="dno", device=device, parameters=policy.num_parameters())
     print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous, earlier = [], args.model, []
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
+    table = []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
     show(table[0], COLUMNS)
-    write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
@@ -445,16 +445,15 @@ def main(args):
         metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
-        if not (args.responses or args.resume):
+        if not args.responses:
             metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new)}
         for kind in ("teacher_student", "student_teacher", "student_student"):
             metrics[kind] = sum(pair["kind"] == kind for pair in new)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
-        table.append(metrics)
-        write_jsonl(run / "metrics.jsonl", table)
-        show(metrics, COLUMNS, pairs[:2])
+        record(run, table, metrics, args)
+        show(table[-1], COLUMNS, pairs[:2])
         # Alg. 2, line 9: the best iterate on held-out prompts
         best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
         prune(run, iteration, best, args.keep)

@@ -21,6 +21,8 @@ Where this file departs from the paper, and why:
     authors' own thirds are UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, 2 and 3.
  5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
+ 6. Best and worst go by the mean of the scores, as the paper says, targets by the mean preference; a preference of 0 or
+    1, as by rule 1, counts as a score of -14 or 14. Where a judge is very sure of some pairs, the two may disagree.
 Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
@@ -57,6 +59,7 @@ from common import (
     pick_device,
     plan_run,
     prune,
+    record,
     reference_stage,
     require,
     response_logps,
@@ -76,7 +79,6 @@ from common import (
     win_matrix,
     write_events,
     write_json,
-    write_jsonl,
 )
 
 
@@ -216,7 +218,7 @@ def sppo_loss(logps, ref_logps, win_rate, eta, log_z=None):
         raise ValueError(f"shapes differ: {shapes}")
     log_ratio = logps - ref_logps
     log_z = eta / 2 if log_z is None else log_z
-    return (log_ratio - (eta * win_rate - log_z)) ** 2  # eq. 4.7; with log_z given, eq. 4.5
+    return (log_ratio - (eta * win_rate - log_z)) ** 2  # eq. 4.7; with an estimated log_z, eq. 4.5
 
 
 # Roll-out and pairs --------------------------------------------------------------------------------------------------
@@ -306,9 +308,9 @@ def main(args):
     start_run(run, args, script="sppo", device=device, parameters=policy.num_parameters())
     print(f"{run}: SPPO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
     answers, previous = [], args.model
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
+    table = []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
     show(table[0], COLUMNS)
-    write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
@@ -336,14 +338,13 @@ def main(args):
         last = steps[-max(1, len(steps) // 4) :]
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics["loss_over_eta2"] = metrics["loss"] / args.eta**2
-        if not (args.responses or args.resume):
+        if not args.responses:
             metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
         metrics["pairs"] = len(pairs)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
-        table.append(metrics)
-        write_jsonl(run / "metrics.jsonl", table)
-        show(metrics, COLUMNS, pairs[:2])
+        record(run, table, metrics, args)
+        show(table[-1], COLUMNS, pairs[:2])
         best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
         prune(run, iteration, best, args.keep)
         if args.tensorboard:

@@ -6,7 +6,7 @@ times the margin over the reference that the policy gives the pair behind p + x:
 answers, put in front of the query. Sr-DPO is eq. 13 and Algorithm 1, Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and
 IPO exactly. At lam of 1 and more, targets may run away from the policy.
 
-    python sr_dpo.py                     the built-in task, a minute on two CPU cores (README.md)
+    python sr_dpo.py                     the built-in task, half a minute on two CPU cores (README.md)
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
     python sr_dpo.py --compare 3         all four over three seeds, in a table
     python sr_dpo.py --model DIR --pairs FILE.jsonl    all of it your own
@@ -61,6 +61,7 @@ from common import (
     pick_device,
     plan_run,
     prune,
+    record,
     reference_stage,
     require,
     response_logps,
@@ -84,7 +85,6 @@ from common import (
     win_matrix,
     write_events,
     write_json,
-    write_jsonl,
 )
 
 REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
@@ -454,9 +454,9 @@ def main(args):
     for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
         attach_ref_logps(policy, held_out, args, name, prompt_ids)
     answers, previous = [], args.model
-    table = [evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0]]
+    table = []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
     show(table[0], COLUMNS)
-    write_jsonl(run / "metrics.jsonl", table)
 
     for iteration, pairs in enumerate(parts, 1):
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
@@ -475,9 +475,8 @@ def main(args):
         metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
         metrics |= {"pairs": len(pairs), "train_seconds": train_seconds, "seconds": time.perf_counter() - start}
         previous = str(folder / "policy")
-        table.append(metrics)
-        write_jsonl(run / "metrics.jsonl", table)
-        show(metrics, COLUMNS)
+        record(run, table, metrics, args)
+        show(table[-1], COLUMNS)
         best = max(table[1:], key=lambda m: m.get("win_rate_vs_start", m["iteration"]))["iteration"]
         prune(run, iteration, best, args.keep)
         if args.tensorboard:

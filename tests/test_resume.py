@@ -162,6 +162,24 @@ def test_a_signal_ends_training_after_its_step(workdir, number):
     assert result(workdir / "runs" / "x") == result(workdir / "runs" / "y")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_in_the_background_stops_too(workdir, number):
+    """Shells start background jobs of scripts with Ctrl-C ignored."""
+
+    def job():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sample = common.generate
+
+        def interrupted(*given, **settings):
+            os.kill(os.getpid(), number)
+            return sample(*given, **settings)
+
+        common.generate = interrupted
+        common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, ["--name", "x", "--limit", "48"])
+
+    assert in_a_process(job) == 130
+
+
 def test_a_bf16_master_goes_on_to_the_bit(workdir, tmp_path):
     """What a checkpoint holds of SplitMaster: five steps are two, a checkpoint, and three."""
     pairs, args = common.digit_pairs(40, 1), sr_dpo.Args()
@@ -243,8 +261,9 @@ def run(workdir):
 
 
 def test_a_finished_run_can_be_resumed_and_stays(run, capsys):
-    before = result(run)
+    before, times = result(run), [row.get("train_seconds") for row in lines(run / "metrics.jsonl")]
     common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, ["--resume", str(run)])
+    assert times[1] and [row.get("train_seconds") for row in lines(run / "metrics.jsonl")] == times
     assert result(run) == before and "* lies in" in capsys.readouterr().out
 
 
@@ -255,6 +274,7 @@ def test_other_values_are_named(run, capsys):
 
 
 def test_what_is_no_run(workdir, capsys):
+    assert "--resume '': give a run's folder" in refusal(capsys, "--resume", "")
     assert "--resume runs/nothing: no run's folder" in refusal(capsys, "--resume", "runs/nothing")
     (workdir / "runs" / "y").mkdir()
     (workdir / "runs" / "y" / "config.json").write_text("[1]")

@@ -20,7 +20,7 @@ OTHER_WORDS |= {"learning_rate", "pairs", "loss"}
 
 BLOCKS = {  # name -> (function, first words, last words); from every script
     "loading": ("main", "    asked = load_prompts(", "    policy, tokenizer = load_policy("),
-    "the start": ("main", "    table = [evaluate(", '    write_jsonl(run / "metrics.jsonl", table)'),
+    "the start": ("main", "    table = []", "    show(table[0]"),
     "the end": ("main", '    with aside(run / "final")', "    answered, chosen, facts = closing_answers("),
     "the means": ("main", "        last = steps[", "        metrics |= {name: sum("),
     "events": ("main", "        if args.tensorboard:", "            write_events("),
