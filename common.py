@@ -1328,7 +1328,8 @@ def encode(tokenizer, messages):
     pieces = [piece for piece in re.split("(\ue000[0-9]+\ue001)", render(tokenizer, marked)) if piece]
     ids = token_ids(tokenizer, render(tokenizer, messages))
     written = itertools.chain(*(token_ids(tokenizer, piece) for piece in pieces if piece not in marks))
-    if [i for i in ids if i in control.values()] == [i for i in written if i in control.values()]:
+    controls = set(control.values())
+    if [i for i in ids if i in controls] == [i for i in written if i in controls]:
         return ids
     # The contents spell some, too: tokenise the template's pieces and the contents apart.
     apart = [encode_text(tokenizer, marks[p]) if p in marks else token_ids(tokenizer, p) for p in pieces]
@@ -1338,14 +1339,15 @@ def encode(tokenizer, messages):
 def encode_text(tokenizer, text):
     """Token ids of what a user or another model wrote: no control tokens, not even those that it spells."""
     control = control_tokens(tokenizer)
+    controls, added = set(control.values()), tokenizer.added_tokens_decoder
     # Those that are not special for the tokenizer are cut behind their first letter.
-    cut = [t for t, i in control.items() if t in text and not tokenizer.added_tokens_decoder[i].special]
+    cut = [t for t, i in control.items() if t in text and not added[i].special]
     cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in cut)
     pieces = re.split(cuts, text) if cut else [text]
     ids = list(itertools.chain(*(token_ids(tokenizer, piece, split_special_tokens=True) for piece in pieces)))
-    if any(i in control.values() for i in ids):  # what a tokenizer's normaliser makes of look-alikes
+    if not controls.isdisjoint(ids):  # what a tokenizer's normaliser makes of look-alikes
         ids = itertools.chain(*(token_ids(tokenizer, letter, split_special_tokens=True) for letter in text))
-    return [i for i in ids if i not in control.values()]
+    return [i for i in ids if i not in controls]
 
 
 def turn_end(tokenizer, stop_ids):
