@@ -2993,6 +2993,8 @@ def train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, arg
     require(
         not gone, f"{gone}: gone, and training goes on from it; remove that iter_ folder, and --resume makes it anew"
     )
+    if len(pairs) < args.batch_size:
+        print(f"only {len(pairs)} to train on, less than --batch_size: few steps at the full rate may lead far off")
     optimizer = make_optimizer(policy, "rmsprop", learning_rate)
     n_steps = args.epochs * math.ceil(len(pairs) / args.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * n_steps), n_steps)
