@@ -183,7 +183,8 @@ def cli(main, args_class, recipes, description, argv=None):
     parser = _Parser(args_class, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults(**recipes.get(model, recipes["other"]))
     with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± is no reason to lose a run
+        # A terminal without ± is no reason to lose a run, and `| tee` is to show a line when it is printed.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     for number in STOPS[1:]:  # all stop as Ctrl-C does; what nohup ignores stays ignored
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
