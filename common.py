@@ -175,6 +175,7 @@ def cli(main, args_class, recipes, description, argv=None):
     The values of `recipes[args.model]` (`recipes["other"]` for a model that has none) become the defaults, so a flag on
     the command line always wins over the recipe. InputError ends in one line on stderr and exit code 2.
     """
+    argv = sys.argv[1:] if argv is None else argv
     first_look = _Parser((), add_help=False, allow_abbrev=False)
     first_look.add_argument("--model", default=args_class.model)
     model = first_look.parse_known_args(argv)[0].model
@@ -190,13 +191,12 @@ def cli(main, args_class, recipes, description, argv=None):
             signal.signal(number, signal.default_int_handler)
     try:
         args = args_class(**vars(parser.parse_args(argv)))
-        given = "--resume" in (sys.argv[1:] if argv is None else argv)
+        given = any(word.partition("=")[0] == "--resume" for word in argv)
         require(args.resume or not given, "--resume '': give a run's folder, runs/NAME")
         if args.resume:  # the run's own flags come first, and what differs from them is refused
             config, script = read_config(args.resume), Path(main.__code__.co_filename).stem
             require(config["script"] == script, f"--resume {args.resume}: it was begun by {config['script']}.py")
             begun = [f"--{name}={config[name]}" for name in vars(args) if name in config and name != "resume"]
-            argv = sys.argv[1:] if argv is None else argv
             args = args_class(**vars(parser.parse_args([*begun, *argv])))
             other = [n for n, v in vars(args).items() if n not in KNOBS and v != config.get(n, v)]
             words = ", ".join(f"--{n} {getattr(args, n)} (there {config[n]})" for n in other)
@@ -1457,9 +1457,8 @@ def load_policy(name, device="cpu", context=0, dtype=None):
         _load_master(policy, Path(path) / MASTER)
     except Exception as error:
         raise not_loaded("--model", name, "its tokenizer or its weights, in safetensors,", error) from None
-    missing = min(
-        report["missing_keys"], default=""
-    )  # transformers fills these with random numbers, and misshapen ones
+    # What is missing or misshapen transformers fills with random numbers.
+    missing = min(report["missing_keys"], default="")
     misshapen = min(report["mismatched_keys"], default="")
     require(not misshapen, f"--model {name}: its weights do not have the shapes of its config.json: {misshapen}")
     require(not missing, f"--model {name}: its files lack {missing}, so it is not, or not all of, a causal LM")

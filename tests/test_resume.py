@@ -274,7 +274,8 @@ def test_other_values_are_named(run, capsys):
 
 
 def test_what_is_no_run(workdir, capsys):
-    assert "--resume '': give a run's folder" in refusal(capsys, "--resume", "")
+    for empty in (["--resume", ""], ["--resume="]):
+        assert "--resume '': give a run's folder" in refusal(capsys, *empty)
     assert "--resume runs/nothing: no run's folder" in refusal(capsys, "--resume", "runs/nothing")
     (workdir / "runs" / "y").mkdir()
     (workdir / "runs" / "y" / "config.json").write_text("[1]")
