@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -71,6 +72,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:  # comes with torch's CUDA builds
@@ -135,6 +137,45 @@ LIMITS = {
 
 STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
+
+@dataclass
+class RunArgs:
+    """The flags that say where, how fast and by which judge a script runs; what it learns is in the script's Args."""
+
+    # judge
+    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
+    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
+    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
+    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
+    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
+    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
+    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
+    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
+    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
+    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
+    # evaluation
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
+    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
+    # sampling and memory
+    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
+    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
+    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    checkpointing: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="Recompute layers; auto: if memory is short."
+    )
+    # run
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
+    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
+    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
+    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
+    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
+    seed: int = HfArg(default=1, help="Seeds data, splits, sampling and shuffling.")
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
+
+
 # What may differ when a run is resumed: how fast, where and for how much, not what is learned.
 KNOBS = {"resume", "dry_run", "tensorboard", "slots", "micro_tokens", "checkpointing", "checkpoint_minutes", "keep"}
 KNOBS |= {"judge_url", "judge_price_in", "judge_price_out", "max_judge_cost", "max_judge_failures"}
@@ -158,6 +199,19 @@ def check_args(args):
 def pick_device(args):
     """The device that --device means: for "auto" CUDA if there is one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+
+
+MODELS = {  # short names for --model
+    "tiny": "built in: 0.46 M parameters, made on the spot in seconds",
+    "tiny-p": "the same, made to answer better behind the prompt of TINY_P",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "gemma-2-9b": "google/gemma-2-9b-it",
+    "zephyr-7b-sft": "alignment-handbook/zephyr-7b-sft-full",
+    "pythia-2.8b": "EleutherAI/pythia-2.8b",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 
 
 class _Parser(HfArgumentParser):
@@ -239,11 +293,12 @@ def run_folder(args, script):
     return folder
 
 
-def start_run(folder, args, **facts):
-    """Make the run folder and write config.json: every effective value, `facts`, and the versions; or go on in it.
+def start_run(folder, args, script, policy):
+    """Make the run folder and write config.json: every effective value, a few facts, and the versions; or go on in it.
 
     The folder is locked until the process ends. Raises InputError when another process has it, or when facts differ.
     """
+    facts = {"script": script, "device": policy.device.type, "parameters": policy.num_parameters()}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     if args.resume:
         config = read_config(folder)
@@ -275,6 +330,9 @@ def start_run(folder, args, **facts):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     if not args.resume:
         write_json(folder / "config.json", {**vars(args), **facts, "versions": versions})
+    print(
+        f"{folder}: {script} on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {policy.device}"
+    )
 
 
 _locks = {}
@@ -1398,18 +1456,6 @@ def encode_prompts(tokenizer, prompts, max_tokens, flag="--prompts"):
 # 5. Models
 # ------------------------------------------------------------------------------------------------------------------
 
-MODELS = {
-    "tiny": "built in: 0.46 M parameters, made on the spot in seconds",
-    "tiny-p": "the same, made to answer better behind the prompt of TINY_P",
-    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "gemma-2-9b": "google/gemma-2-9b-it",
-    "zephyr-7b-sft": "alignment-handbook/zephyr-7b-sft-full",
-    "pythia-2.8b": "EleutherAI/pythia-2.8b",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
-
 
 def load_config(name):
     """The configuration of --model: a key of MODELS, a folder, or a hub id. Raises InputError."""
@@ -2388,7 +2434,7 @@ _llm_judge = functools.cache(LLMJudge)  # one for all stages of a run, as it cou
 JUDGES = {"digits": DigitsJudge}
 
 
-def load_judge(args, device):
+def load_judge(args):
     """The judge that --judge names: a key of JUDGES, "llm", "pairrm", or a folder or hub id of it; None for "".
 
     It is loaded for a stage and let go after it, so that it takes no memory from training.
@@ -2424,7 +2470,7 @@ def load_judge(args, device):
         return JUDGES[args.judge]()
     known = args.judge == "pairrm" or "/" in args.judge or os.path.isdir(args.judge)
     require(known, f"--judge {args.judge}: unknown; give {', '.join(JUDGES)}, llm, pairrm, or its folder or hub id")
-    return PairRM(args.judge, device, None, args.preference, args.judge_temperature)
+    return PairRM(args.judge, pick_device(args), None, args.preference, args.judge_temperature)
 
 
 def try_judge(judge, args):
@@ -2700,10 +2746,19 @@ def judgements(prompts, held_out, asked, args, k):
     return training + evaluation + closing
 
 
-def show_cost(prompts, held_out, asked, args, k):
-    """Print about how many tokens, and dollars, --judge llm will take; arguments as for judgements."""
-    if args.judge != "llm":
-        return
+def show_costs(policy, prompts, held_out, asked, args, *, trained, ranked, sampled):
+    """Print about how many tokens, and dollars, --judge llm will take, and with --dry_run how many hours the run.
+
+    prompts, held_out, asked: those of one iteration, of an evaluation and of --eval_prompts. Per prompt of training so
+    many responses are trained on, judged side by side, and sampled.
+    """
+    if args.judge == "llm":
+        _show_dollars(prompts, held_out, asked, args, ranked)
+    if args.dry_run:
+        _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled)
+
+
+def _show_dollars(prompts, held_out, asked, args, k):
     prompt = sum(len(p["prompt_ids"]) for p in [*prompts, *held_out]) / (len(prompts) + len(held_out))
     counts = judgements(prompts, held_out, asked, args, k)
     # Of English, four characters make a token; a verdict with its reason has a hundred.
@@ -2717,12 +2772,9 @@ def show_cost(prompts, held_out, asked, args, k):
     print(f"--judge llm: {requests:,} requests of {millions}, at --max_new_tokens a response; {dollars:,.2f} dollars")
 
 
-def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, ranked, sampled):
-    """Print about how long a run takes, from a little sampling, judging and a training step of rate 0, timed here.
-
-    prompts, held_out, asked: those of one iteration, of an evaluation and of --eval_prompts; rule, trained: as for
-    plan_run; ranked: k of judgements; sampled: how many responses per prompt of training are sampled.
-    """
+def _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled):
+    """From a little sampling, judging and a training step of rate 0, timed here."""
+    judge = load_judge(args)
 
     def seconds(function):
         for _ in range(2):  # the first one loads and compiles
@@ -2743,7 +2795,7 @@ def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, ran
     xs, ys = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
     rows = micro_batches(policy, xs, ys, args.micro_tokens)[-1]
     xs, ys = [xs[i] for i in rows], [ys[i] for i in rows]
-    optimizer = make_optimizer(policy, rule, 0.0)
+    optimizer = make_optimizer(policy, "rmsprop", 0.0)
     response = seconds(lambda: response_logps(policy, xs, ys).sum().backward()) / len(rows)
     update = seconds(optimizer.step)
     optimizer.zero_grad()
@@ -2767,6 +2819,63 @@ def show_hours(policy, judge, prompts, held_out, asked, args, rule, trained, ran
 
 
 CHUNK_OF_PROMPTS = 4096  # prompts sampled or judged between two writes
+
+COLUMNS = {  # metrics -> titles, of the line per iterate and of the closing table; a run shows those that it has
+    "loss": "loss",
+    "loss_over_eta2": "loss/eta²",
+    "win_rate_vs_start": "wins vs start",
+    "win_rate_at_equal_length": "at equal length",
+    "win_rate_vs_previous": "vs previous",
+    "exact_match": "exact match",
+    "greedy_exact_match": "greedy",
+    "accuracy": "accuracy",
+    "accuracy_p": "accuracy, p",
+    "marginal": "marginal",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "kendall": "Kendall",
+    "length": "tokens",
+    "unfinished": "unfinished",
+    "repeats": "repeat",
+    "kl": "KL",
+    "chosen_log_ratio": "log-ratio chosen",
+    "rejected_log_ratio": "log-ratio rejected",
+    "delta": "Delta",
+    "pairs": "pairs",
+    "teacher_student": "t>s",
+    "student_teacher": "s>t",
+    "student_student": "s>s",
+    "replayed": "replayed",
+    "tokens_per_second": "tokens/s",
+    "judge_failures": "judge failures",
+    "judge_dollars": "dollars",
+    "train_seconds": "training s",
+    "seconds": "seconds",
+}
+
+
+def open_run(args, script, trained):
+    """Check the flags and whether the run fits on this machine: (its folder, not yet made; what plan_run says).
+
+    trained: how many responses per prompt are trained on.
+    """
+    check_args(args)
+    run, plan = run_folder(args, script), plan_run(args, pick_device(args), "rmsprop", trained)
+    if args.dry_run:
+        show_plan(plan, args)
+    return run, plan
+
+
+def prepare(args, plan):
+    """Try the judge and load the policy: (policy, tokenizer, the encoded --eval_prompts, [] without)."""
+    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
+    try_judge(load_judge(args), args)
+    context = args.max_prompt_tokens + args.max_new_tokens
+    policy, tokenizer = load_policy(args.model, pick_device(args), context)
+    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
+    if plan["checkpointing"]:
+        use_checkpointing(policy)
+    return policy, tokenizer, asked
 
 
 def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling"):
@@ -2797,11 +2906,11 @@ def sampling_stage(policy, tokenizer, prompts, k, seed, folder, args, given=None
     return [row["responses"] for row in rows]
 
 
-def judging_stage(prompts, responses, folder, device, args):
+def judging_stage(prompts, responses, folder, args):
     """judge_prefs as a stage: preferences.jsonl, a row {"prefs": (K, K)} per prompt. Returns prefs (B, K, K)."""
 
     def make(rows):
-        prefs = judge_prefs(load_judge(args, device), *zip(*rows, strict=True))
+        prefs = judge_prefs(load_judge(args), *zip(*rows, strict=True))
         return [{"prefs": matrix} for matrix in prefs.tolist()]
 
     items = list(zip(prompts, responses, strict=True))
@@ -2875,9 +2984,11 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
         metrics, prefs = compare_answers(policy, tokenizer, held_out, answers, previous, args)
         return [{"metrics": metrics, "prefs": prefs.tolist()}]
 
+    start = time.perf_counter()
     answers.append(stage(folder / "answers.jsonl", held_out, answer, CHUNK_OF_PROMPTS, ["ids", "text"]))
+    speed = sum(len(y["ids"]) for y in answers[-1]) / (time.perf_counter() - start)
     row = stage(folder / "evaluation.jsonl", [answers], compare, keys=["metrics", "prefs"])[0]
-    return row["metrics"], torch.tensor(row["prefs"])
+    return {**row["metrics"], "tokens_per_second": speed}, torch.tensor(row["prefs"])
 
 
 def compare_answers(policy, tokenizer, held_out, answers, previous, args):
@@ -2890,7 +3001,7 @@ def compare_answers(policy, tokenizer, held_out, answers, previous, args):
         graded["greedy_"] = [row[0] for row in greedy]
     length = torch.tensor([[len(y["ids"]) for y in row] for row in answers], dtype=torch.float)  # (iterates, prompts)
     metrics, prefs = {"iteration": t}, torch.full((len(held_out), 1, 1), 0.5)
-    judge = load_judge(replace(args, preference="pairwise"), policy.device)  # "official" depends on what else is judged
+    judge = load_judge(replace(args, preference="pairwise"))  # "official" depends on what else is judged
     if t and judge:
         prefs = judge_prefs(judge, held_out, list(zip(*answers, strict=True)))
         for name, wins in (("start", prefs[:, t, 0]), ("previous", prefs[:, t, t - 1])):
@@ -3097,16 +3208,33 @@ def copy_weights(source, policy):
             p.master_remainder = q.master_remainder
 
 
-def record(run, table, metrics, args):
-    """Add an iterate's metrics to `table` and metrics.jsonl; what a resumed run has done before keeps its times."""
-    file = run / "metrics.jsonl"
+def late_means(steps):
+    """What training ended at: the mean of each figure of train_step over the last quarter of the steps."""
+    last = steps[-max(1, len(steps) // 4) :]
+    return {name: sum(step[name] for step in last) / len(last) for name in last[0]}
+
+
+def record(run, table, metrics, args, steps=(), examples=()):
+    """Add an iterate's metrics to `table` and metrics.jsonl, print them, and remove the policies that --keep does not.
+
+    steps: what train returned; with --tensorboard they go into event files, too. examples: as for `show`. What a
+    resumed run has done before keeps its times. Returns the best iterate so far: the one that wins most often against
+    the start on held-out prompts, without a judge the last.
+    """
+    file, iteration = run / "metrics.jsonl", metrics["iteration"]
     rows = {row["iteration"]: row for row in (read_jsonl(file) if file.exists() else [])}
     if args.resume:
-        metrics = {
-            name: v for name, v in metrics.items() if name not in ("seconds", "train_seconds", "tokens_per_second")
-        }
-    table.append(rows.setdefault(metrics["iteration"], metrics))
+        times = ("seconds", "train_seconds", "tokens_per_second")
+        metrics = {name: value for name, value in metrics.items() if name not in times}
+    table.append(rows.setdefault(iteration, metrics))
     write_jsonl(file, [rows[t] for t in sorted(rows)])
+    show(table[-1], examples)
+    best = max(table[1:], key=lambda m: m.get("win_rate_vs_start", m["iteration"]), default=table[0])["iteration"]
+    prune(run, iteration, best, args.keep)
+    if args.tensorboard and iteration:
+        iterates = [(m["iteration"], m) for m in (table if iteration == 1 else table[-1:])]
+        write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
+    return best
 
 
 def attach(name, rows, values):
@@ -3115,7 +3243,27 @@ def attach(name, rows, values):
         row[name] = None if math.isnan(value) else value
 
 
-def closing_answers(final, device, held_out, asked, answers, best, args):
+def close_run(run, table, best, prefs, held_out, asked, answers, args):
+    """Make final/, the policy of iterate `best`, outputs.json and, with a judge, win_rates.json; print the tables.
+
+    prefs: of the last `evaluate`. held_out, asked, answers: as for closing_answers.
+    """
+    with aside(run / "final") as part:
+        shutil.copytree(run / f"iter_{best}" / "policy", part)
+    answered, chosen, facts = closing_answers(run / "final", held_out, asked, answers, best, args)
+    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
+    show_table(table, best)
+    if args.judge:
+        matrix = {**win_matrix(prefs), **facts}
+        write_json(run / "win_rates.json", matrix)
+        show_matrix(matrix)
+    what = "is the best on held-out prompts and lies" if args.judge else "lies"
+    print(f"\n* {what} in {run}/final; its answers are in {run}/outputs.json")
+    if args.judge and table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
+        print("but even it loses to the start: try a lower --learning_rate or more data")
+
+
+def closing_answers(final, held_out, asked, answers, best, args):
     """What goes into outputs.json: (prompts, one response each, facts) of the best iterate, in the folder `final`.
 
     Answered are `asked`, the encoded --eval_prompts, if there are any, else the held-out prompts. With --best_of each
@@ -3123,20 +3271,20 @@ def closing_answers(final, device, held_out, asked, answers, best, args):
     """
     if not (args.best_of or asked):
         return held_out, answers[best], {}
-    policy, tokenizer = load_policy(str(final), device)
+    policy, tokenizer = load_policy(str(final), pick_device(args))
 
     def answer(prompts):
         k = args.best_of or 1
         rows = sample_responses(policy, tokenizer, prompts, k, f"{args.seed} outputs", args, "answering")
         if k == 1:
             return [row[0] for row in rows]
-        favourite = judge_prefs(load_judge(args, device), prompts, rows).mean(-1).argmax(-1)  # as win_rates
+        favourite = judge_prefs(load_judge(args), prompts, rows).mean(-1).argmax(-1)  # as win_rates
         return [row[i] for row, i in zip(rows, favourite.tolist(), strict=True)]
 
     chosen, facts = answers[best], {}
     if args.best_of:
         chosen, pairwise = answer(held_out), replace(args, preference="pairwise")
-        wins = judge_prefs(load_judge(pairwise, device), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
+        wins = judge_prefs(load_judge(pairwise), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
         facts = {"best_of": args.best_of, "best_of_vs_start": wins.mean().item()}
         facts["best_of_vs_start_se"] = wins.std().item() / math.sqrt(len(wins))
     return (asked, answer(asked), facts) if asked else (held_out, chosen, facts)
@@ -3153,10 +3301,10 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def show(metrics, columns, examples=()):
+def show(metrics, examples=()):
     """Print an iterate's metrics on one line, and for each example its best and worst response with their win rates."""
     parts = []
-    for name, title in columns.items():
+    for name, title in COLUMNS.items():
         if name in metrics:
             error = f" ± {metrics[f'{name}_se']:.2g}" if f"{name}_se" in metrics else ""
             parts.append(f"{title} {number(metrics[name])}{error}")
@@ -3170,9 +3318,9 @@ def show(metrics, columns, examples=()):
         print(f"    samples for {example['prompt'][-1]['content']!r:.60}: best {texts[0]}, worst {texts[-1]}")
 
 
-def show_table(table, columns, best):
+def show_table(table, best):
     """Print the closing table, a row per iterate; the best one, which final/ holds, has a star."""
-    columns = {name: title for name, title in columns.items() if any(name in metrics for metrics in table)}
+    columns = {name: title for name, title in COLUMNS.items() if any(name in metrics for metrics in table)}
     titles = ["iterate", *columns.values()]
     rows = [[f"{'* ' if m['iteration'] == best else ''}{m['iteration']}", *(m.get(n) for n in columns)] for m in table]
     print()

@@ -34,7 +34,6 @@ import collections
 import itertools
 import math
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -45,52 +44,38 @@ from transformers.hf_argparser import HfArg
 
 from common import (
     CHUNK_OF_PROMPTS,
-    alpaca_outputs,
+    RunArgs,
     are_sound,
     as_prefs,
-    aside,
     ask_judge,
     attach,
-    check_args,
     cli,
-    closing_answers,
+    close_run,
     encode_prompts,
     evaluate,
     given_responses,
     gold_responses,
+    late_means,
     load_judge,
-    load_policy,
     load_prompts,
     micro_batches,
-    pick_device,
-    plan_run,
-    prune,
+    open_run,
+    prepare,
     record,
     reference_stage,
     require,
     response_logps,
-    run_folder,
     sampling_stage,
-    show,
-    show_cost,
-    show_hours,
-    show_matrix,
-    show_plan,
-    show_table,
+    show_costs,
     split_prompts,
     stage,
     start_run,
     train,
-    try_judge,
-    use_checkpointing,
-    win_matrix,
-    write_events,
-    write_json,
 )
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
@@ -99,20 +84,8 @@ class Args:
     gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
     responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
     judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own.")
-    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
-    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
-    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
-    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
-    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
-    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
-    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
-    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
-    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
-    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
-    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
     limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
-    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
     # algorithm
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
@@ -134,30 +107,13 @@ class Args:
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
     max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
-    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
-    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
-    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
-    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
     # optimiser
     learning_rate: float = HfArg(default=1.5e-4, help="Peak learning rate of RMSprop, in the first iteration.")
     lr_decay: float = HfArg(default=1.0, help="It is multiplied by this from one iteration to the next.")
     warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=1, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
-    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
-    checkpointing: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="Recompute layers; auto: if memory is short."
-    )
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
-    # run
-    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
-    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
-    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
-    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
-    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
-    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
-    seed: int = HfArg(default=1, help="Seeds prompts, splits, sampling and shuffling.")
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
 
 # arXiv 2404.03715, section 5, where the judge is GPT-4-Turbo (--judge llm) and the start Orca-2.5. K, 3 iterations, one
@@ -177,30 +133,6 @@ PAPER = {
     "learning_rate": 5e-7,
 }
 RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
-
-COLUMNS = {  # of the line per iterate and of the closing table
-    "loss": "loss",
-    "win_rate_vs_start": "wins vs start",
-    "win_rate_at_equal_length": "at equal length",
-    "win_rate_vs_previous": "vs previous",
-    "exact_match": "exact match",
-    "greedy_exact_match": "greedy",
-    "length": "tokens",
-    "unfinished": "unfinished",
-    "repeats": "repeat",
-    "kl": "KL",
-    "chosen_log_ratio": "log-ratio chosen",
-    "rejected_log_ratio": "log-ratio rejected",
-    "pairs": "pairs",
-    "teacher_student": "t>s",
-    "student_teacher": "s>t",
-    "student_student": "s>s",
-    "replayed": "replayed",
-    "tokens_per_second": "tokens/s",
-    "judge_failures": "judge failures",
-    "judge_dollars": "dollars",
-    "seconds": "seconds",
-}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -256,7 +188,7 @@ def win_rates(prefs):
 # Roll-out and pairs --------------------------------------------------------------------------------------------------
 
 
-def rank(prompts, candidates, device, args):
+def rank(prompts, candidates, args):
     """Algorithm 2, line 5: give each candidate its "win_rate" over the others and, by a judge of points, its "points".
 
     A response that the length limit cut, or that repeats itself, gets no points. With --pairs spin the teacher wins,
@@ -266,7 +198,7 @@ def rank(prompts, candidates, device, args):
         for y in itertools.chain(*candidates):
             y["win_rate"] = float("teacher" in y and y["finished"] and not y["repeats"])
         return
-    judge = load_judge(args, device)
+    judge = load_judge(args)
     for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
         some = [b for b, row in enumerate(candidates) if len(row) == n]
         rows = [candidates[b] for b in some]
@@ -277,11 +209,11 @@ def rank(prompts, candidates, device, args):
             attach("points", flat, opinion.where(are_sound(rows) | opinion.isnan(), 0.0).flatten())
 
 
-def ranking_stage(prompts, candidates, folder, device, args):
+def ranking_stage(prompts, candidates, folder, args):
     """rank as a stage: preferences.jsonl, per prompt {"win_rate": [...]} and, if the judge gives them, "points"."""
 
     def make(rows):
-        rank([prompt for prompt, _ in rows], [row for _, row in rows], device, args)
+        rank([prompt for prompt, _ in rows], [row for _, row in rows], args)
         return [{name: [y[name] for y in row] for name in ("win_rate", "points") if name in row[0]} for _, row in rows]
 
     rows = stage(folder / "preferences.jsonl", list(zip(prompts, candidates, strict=True)), make, CHUNK_OF_PROMPTS)
@@ -379,21 +311,14 @@ def train_step(policy, optimizer, scheduler, batch, args):
 
 def main(args):
     """Run DNO; returns the metrics of every iterate, the start first. Raises InputError when it cannot go on."""
-    check_args(args)
     one = args.iterations == 1 or not args.responses
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     taught = args.gold or args.pairs not in ("restrictive", "spin")
     require(taught, f"--pairs {args.pairs}: its pairs are won by a teacher, so it takes --gold")
-    run, device = run_folder(args, "dno"), pick_device(args)
-    plan = plan_run(args, device, "rmsprop", 2)  # a row to train on has a prompt and two responses
-    if args.dry_run:
-        show_plan(plan, args)
+    run, plan = open_run(args, "dno", 2)  # a row to train on has a prompt and two responses
     prompts = load_prompts(args.prompts, args.limit, args.seed)
-    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
-    try_judge(load_judge(args, device), args)
-    policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
+    policy, tokenizer, asked = prepare(args, plan)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
     parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
     given = None
     if args.responses:
@@ -401,32 +326,24 @@ def main(args):
         alike = not args.gold or "score" not in given[0][0]
         require(alike, "--responses: they have scores, which a teacher's has not; give --gold ''")
     golds = gold_responses(policy, tokenizer, parts, args)
-    if plan["checkpointing"]:
-        use_checkpointing(policy)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     ranked = args.k + bool(args.gold) if args.pairs != "spin" else 0  # responses per prompt
-    show_cost(parts[0], held_out, asked, args, ranked)
+    sampled, most = 0 if args.responses else args.k, args.k * (args.k + 1)  # most: if all pairs of K + 1 are trained on
+    show_costs(policy, parts[0], held_out, asked, args, trained=most, ranked=ranked, sampled=sampled)
     if args.dry_run:
-        most = args.k * (args.k + 1)  # responses, if all pairs of K + 1 are trained on
-        judge, sampled = load_judge(args, device), 0 if args.responses else args.k
-        show_hours(policy, judge, parts[0], held_out, asked, args, "rmsprop", most, ranked, sampled)
         return []
-    start_run(run, args, script="dno", device=device, parameters=policy.num_parameters())
-    print(f"{run}: DNO on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
-    answers, previous, earlier = [], args.model, []
-    table = []
+    start_run(run, args, "dno", policy)
+    answers, previous, table, earlier = [], args.model, [], []
     record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
-    show(table[0], COLUMNS)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 2, line 3: the teacher's responses are in golds, None where there is none; line 4: K from pi_t
         seed = f"{args.seed} sample {iteration}"
         responses = sampling_stage(policy, tokenizer, prompts, args.k, seed, folder, args, given)
-        sampling_seconds = time.perf_counter() - start
         # Alg. 2, line 5: rank all K + 1
         candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
-        ranking_stage(prompts, candidates, folder, device, args)
+        ranking_stage(prompts, candidates, folder, args)
         # Alg. 2, line 6: pairs with a large margin
         new, failed = make_pairs(prompts, candidates, args)
         if not new:
@@ -443,36 +360,16 @@ def main(args):
         earlier.append(new)
 
         metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
-        last = steps[-max(1, len(steps) // 4) :]
-        metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
-        if not args.responses:
-            metrics["tokens_per_second"] = sum(len(y["ids"]) for row in responses for y in row) / sampling_seconds
-        metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new)}
+        metrics |= {**late_means(steps), "pairs": len(pairs), "replayed": len(pairs) - len(new)}
         for kind in ("teacher_student", "student_teacher", "student_student"):
             metrics[kind] = sum(pair["kind"] == kind for pair in new)
         metrics["seconds"] = time.perf_counter() - start
         previous = str(folder / "policy")
-        record(run, table, metrics, args)
-        show(table[-1], COLUMNS, pairs[:2])
         # Alg. 2, line 9: the best iterate on held-out prompts
-        best = max(table[1:], key=lambda metrics: metrics["win_rate_vs_start"])["iteration"]
-        prune(run, iteration, best, args.keep)
-        if args.tensorboard:
-            iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
-            write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
+        best = record(run, table, metrics, args, steps, (pairs[0], pairs[-1]))
 
-    with aside(run / "final") as part:
-        shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place
-    answered, chosen, facts = closing_answers(run / "final", device, held_out, asked, answers, best, args)
-    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
-    matrix = {**win_matrix(against), **facts}
-    write_json(run / "win_rates.json", matrix)
-    show_table(table, COLUMNS, best)
-    show_matrix(matrix)
-    print(f"\n* is the best on held-out prompts and lies in {run}/final; its answers are in {run}/outputs.json")
-    if table[best]["win_rate_vs_start"] + 2 * table[best]["win_rate_vs_start_se"] < 0.5:
-        print("but even it loses to the start: try a lower --learning_rate or more prompts")
+    close_run(run, table, best, against, held_out, asked, answers, args)
     return table
 
 

@@ -27,7 +27,6 @@ Where this file departs from the paper, or fills what it leaves open:
 """
 
 import math
-import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -38,29 +37,26 @@ from torch.nn.functional import logsigmoid
 from transformers.hf_argparser import HfArg
 
 from common import (
-    alpaca_outputs,
+    COLUMNS,
+    RunArgs,
     as_response,
-    aside,
     attach,
     attach_ref_logps,
     check_args,
     cli,
-    closing_answers,
+    close_run,
     correlations,
     encode_prompts,
     encode_text,
     evaluate,
     is_text,
     judging_stage,
-    load_judge,
+    late_means,
     load_pairs,
-    load_policy,
-    load_prompts,
     micro_batches,
     number,
-    pick_device,
-    plan_run,
-    prune,
+    open_run,
+    prepare,
     record,
     reference_stage,
     require,
@@ -68,23 +64,13 @@ from common import (
     run_folder,
     sampling_stage,
     score,
-    show,
-    show_cost,
-    show_hours,
-    show_matrix,
-    show_plan,
-    show_table,
+    show_costs,
     split_pairs,
     stage,
     start_run,
     stop_ids,
     train,
-    try_judge,
     turn_end,
-    use_checkpointing,
-    win_matrix,
-    write_events,
-    write_json,
 )
 
 REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
@@ -97,7 +83,7 @@ REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
@@ -108,20 +94,8 @@ class Args:
     judge: str = HfArg(
         default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own; '': none."
     )
-    preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
-    judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
-    judge_url: str = HfArg(default="", help="--judge llm: its server, e.g. http://localhost:8000/v1.")
-    judge_model: str = HfArg(default="", help="... the name of its model there; the key is OPENAI_API_KEY.")
-    judge_price_in: float = HfArg(default=0.0, help="... dollars per million tokens of requests.")
-    judge_price_out: float = HfArg(default=0.0, help="... dollars per million tokens of replies.")
-    max_judge_cost: float = HfArg(default=0.0, help="... stop before a run could cost more dollars; 0: no limit.")
-    max_judge_failures: float = HfArg(default=0.1, help="... stop if this share of 200 judgements failed.")
-    judge_concurrency: int = HfArg(default=8, help="... requests at a time.")
-    judge_timeout: float = HfArg(default=120.0, help="... seconds to wait for a reply.")
-    judge_max_tokens: int = HfArg(default=1536, help="... a reply's most tokens; more for one that thinks aloud.")
     limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=512, help="Held-out prompts, one pair of each, for evaluation: at most a quarter.")
-    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
     max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
     # algorithm
     loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
@@ -136,30 +110,14 @@ class Args:
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
     max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
-    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
-    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
-    best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
-    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
     # optimiser
     learning_rate: float = HfArg(default=5e-5, help="Peak learning rate of RMSprop.")
     warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
-    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
-    checkpointing: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="Recompute layers; auto: if memory is short."
-    )
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # run
     compare: int = HfArg(default=0, help="Train DPO, Sr-DPO, IPO and Sr-IPO with so many seeds, and show a table.")
-    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
-    resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
-    checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
-    keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
-    dry_run: bool = HfArg(default=False, help="Print the memory, disk and time that the run would take, and stop.")
-    tensorboard: bool = HfArg(default=False, help="Write TensorBoard event files, too.")
-    seed: int = HfArg(default=1, help="Seeds pairs, splits, sampling and shuffling.")
-    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="auto: CUDA if there is one.")
 
 
 PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1, 0.3, 0.5 and 1 there, epochs are ours
@@ -178,30 +136,6 @@ HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is super
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
 RECIPES = {"tiny-p": {}, "tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "other": ULTRA}
 
-COLUMNS = {  # of the line per iterate and of the closing table
-    "loss": "loss",
-    "win_rate_vs_start": "wins vs start",
-    "exact_match": "exact match",
-    "greedy_exact_match": "greedy",
-    "accuracy": "accuracy",
-    "accuracy_p": "accuracy, p",
-    "marginal": "marginal",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "kendall": "Kendall",
-    "kl": "KL",
-    "length": "tokens",
-    "unfinished": "unfinished",
-    "repeats": "repeat",
-    "chosen_log_ratio": "log-ratio chosen",
-    "rejected_log_ratio": "log-ratio rejected",
-    "delta": "Delta",
-    "pairs": "pairs",
-    "judge_failures": "judge failures",
-    "judge_dollars": "dollars",
-    "train_seconds": "training s",
-    "seconds": "seconds",
-}
 MEASURES = [
     "exact_match",
     "greedy_exact_match",
@@ -315,10 +249,10 @@ def make_pairs(policy, tokenizer, pairs, args):
     return kept
 
 
-def online_pairs(policy, tokenizer, prompts, iteration, folder, device, args):
+def online_pairs(policy, tokenizer, prompts, iteration, folder, args):
     """Of K samples to each prompt the best and the worst by their mean preference over the others."""
     samples = sampling_stage(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", folder, args)
-    win_rate = judging_stage(prompts, samples, folder, device, args).mean(-1)  # (B, K)
+    win_rate = judging_stage(prompts, samples, folder, args).mean(-1)  # (B, K)
     attach("win_rate", [y for row in samples for y in row], win_rate.flatten())
     pairs = []
     for prompt, row in zip(prompts, samples, strict=True):
@@ -392,76 +326,59 @@ def measure(policy, pairs, folder, args):
 
 
 def compare(args):
-    """The four methods over --compare seeds, each a run of its own: prints mean and standard deviation of COLUMNS."""
-    methods = {
-        "DPO": ("sr_dpo", 0.0),
-        "Sr-DPO": ("sr_dpo", args.lam),
-        "IPO": ("sr_ipo", 0.0),
-        "Sr-IPO": ("sr_ipo", args.lam),
-    }
+    """The four methods over --compare seeds, each a run of its own: prints mean and standard deviation of MEASURES."""
     require(args.lam > 0 and not args.dry_run, "--compare: wants a --lam above 0, and no --dry_run")
     require(not args.resume, "--compare: its runs are resumed one by one")
-    root, tables, runs = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", {}, []
+    methods = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", args.lam)}
+    methods |= {"IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", args.lam)}
+    root, runs = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", []
     for method, (loss, lam) in methods.items():
         for seed in range(args.seed, args.seed + args.compare):
-            one = {"compare": 0, "loss": loss, "lam": lam, "seed": seed, "name": f"{root}-{method.lower()}-s{seed}"}
-            runs.append((method, replace(args, **one)))
+            name = f"{root}-{method.lower()}-s{seed}"
+            runs.append((method, replace(args, compare=0, loss=loss, lam=lam, seed=seed, name=name)))
     for _, one in runs:
         check_args(one)
         run_folder(one, "sr_dpo")  # all of them, before the first one
+    tables = {method: [] for method in methods}
     for method, one in runs:
-        tables.setdefault(method, []).append(main(one)[-1])
+        tables[method].append(main(one)[-1])
     print(f"\n{'':<22}" + "".join(f"{method:>20}" for method in methods))
-    every = [row for rows in tables.values() for row in rows]
-    for name in [name for name in MEASURES if all(name in row for row in every)]:
+    for measure in [name for name in MEASURES if all(name in row for rows in tables.values() for row in rows)]:
         cells = []
         for rows in tables.values():
-            values = [row[name] for row in rows]
+            values = [row[measure] for row in rows]
             error = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{number(statistics.mean(values))}{error}")
-        print(f"{COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{COLUMNS[measure]:<22}" + "".join(f"{cell:>20}" for cell in cells))
     return tables
 
 
 def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first. Raises InputError if it cannot."""
-    check_args(args)
     if args.compare:
         return compare(args)
     require(args.online or args.iterations == 1, "--iterations: there is one, unless --online samples pairs for more")
     judged = args.judge or not (args.online or args.best_of)
     require(judged, "--online, --best_of: they take a --judge")
-    run, device = run_folder(args, "sr_dpo"), pick_device(args)
-    plan = plan_run(args, device, "rmsprop", 2)  # a row to train on has a prompt and two responses
-    if args.dry_run:
-        show_plan(plan, args)
+    run, plan = open_run(args, "sr_dpo", 2)  # a row to train on has a prompt and two responses
     pairs = load_pairs(args.pairs, args.limit, args.seed)
-    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
-    try_judge(load_judge(args, device), args)
-    policy, tokenizer = load_policy(args.model, device, context=args.max_prompt_tokens + args.max_new_tokens)
-    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
+    policy, tokenizer, asked = prepare(args, plan)
     parts, held_out = split_pairs(make_pairs(policy, tokenizer, pairs, args), args, asked)
-    if plan["checkpointing"]:
-        use_checkpointing(policy)
     print(f"{args.iterations} iteration(s) x {len(parts[0])} pairs; {len(held_out)} held out")
     sampled = args.k if args.online else 0
-    show_cost(parts[0], held_out, asked, args, sampled)
+    show_costs(policy, parts[0], held_out, asked, args, trained=2, ranked=sampled, sampled=sampled)
     if args.dry_run:
-        show_hours(policy, load_judge(args, device), parts[0], held_out, asked, args, "rmsprop", 2, sampled, sampled)
         return []
-    start_run(run, args, script="sr_dpo", device=device, parameters=policy.num_parameters())
-    print(f"{run}: {args.loss} on {args.model}, {policy.num_parameters():,} parameters, {policy.dtype}, {device}")
+    start_run(run, args, "sr_dpo", policy)
     for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
         attach_ref_logps(policy, held_out, args, name, prompt_ids)
-    answers, previous = [], args.model
-    table = []
+    answers, previous, table = [], args.model, []
     record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
-    show(table[0], COLUMNS)
 
     for iteration, pairs in enumerate(parts, 1):
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         if args.online:
-            pairs = online_pairs(policy, tokenizer, pairs, iteration, folder, device, args)
+            pairs = online_pairs(policy, tokenizer, pairs, iteration, folder, args)
         # log pi_ref of x and of p + x, once, before the first update
         pairs = reference_stage(policy, pairs, folder, args, REFERENCES)
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
@@ -471,29 +388,13 @@ def main(args):
 
         metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
         metrics |= measure(policy, held_out, folder, args)
-        last = steps[-max(1, len(steps) // 4) :]
-        metrics |= {name: sum(step[name] for step in last) / len(last) for name in last[0]}
-        metrics |= {"pairs": len(pairs), "train_seconds": train_seconds, "seconds": time.perf_counter() - start}
+        metrics |= {**late_means(steps), "pairs": len(pairs)}
+        metrics |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - start}
         previous = str(folder / "policy")
-        record(run, table, metrics, args)
-        show(table[-1], COLUMNS)
-        best = max(table[1:], key=lambda m: m.get("win_rate_vs_start", m["iteration"]))["iteration"]
-        prune(run, iteration, best, args.keep)
-        if args.tensorboard:
-            iterates = [(m["iteration"], m) for m in (table if iteration == 1 else [metrics])]
-            write_events(run / "events", {"iterate": iterates, f"iteration_{iteration}": list(enumerate(steps, 1))})
+        best = record(run, table, metrics, args, steps)
 
-    with aside(run / "final") as part:
-        shutil.copytree(run / f"iter_{best}" / "policy", part)
     del policy  # the best one takes its place
-    answered, chosen, facts = closing_answers(run / "final", device, held_out, asked, answers, best, args)
-    write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
-    show_table(table, COLUMNS, best)
-    if args.judge:
-        matrix = {**win_matrix(against), **facts}
-        write_json(run / "win_rates.json", matrix)
-        show_matrix(matrix)
-    print(f"\n* lies in {run}/final; its answers are in {run}/outputs.json")
+    close_run(run, table, best, against, held_out, asked, answers, args)
     return table
 
 

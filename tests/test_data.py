@@ -419,10 +419,10 @@ def test_scores_that_came_with_the_responses_stand_in_for_the_judge():
 
 def test_unknown_judge_and_a_judge_without_temperature():
     with pytest.raises(InputError, match="--judge nobody: unknown; give digits, llm, pairrm"):
-        common.load_judge(sppo.Args(judge="nobody"), "cpu")
+        common.load_judge(sppo.Args(judge="nobody"))
     for setting in ({"preference": "official"}, {"judge_temperature": 2.0}):
         with pytest.raises(InputError, match="they are PairRM's, digits has none"):
-            common.load_judge(sppo.Args(**setting), "cpu")
+            common.load_judge(sppo.Args(**setting))
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,10 @@ def test_restrictive_spin_and_all():
     row = candidates(0.9, 0.1, gold=0.5)
     assert pairs_of(row, **RULES, pairs="restrictive")[0] == {(99, 1): "teacher_student"}
     spin = Args(pairs="spin", judge="nobody")  # nobody is asked
-    dno.rank([{}], row, "cpu", spin)
+    dno.rank([{}], row, spin)
     assert pairs_of(row, **RULES, pairs="spin")[0] == {(99, 0): "teacher_student", (99, 1): "teacher_student"}
     row[0][2]["finished"] = False  # a teacher that was cut
-    dno.rank([{}], row, "cpu", spin)
+    dno.rank([{}], row, spin)
     assert pairs_of(row, **RULES, pairs="spin")[0] == {}
     assert set(pairs_of(candidates(0.3, 0.2, 0.2), **RULES, pairs="all")[0]) == {(0, 1), (0, 2)}
     assert pairs_of(candidates(0.3, 0.2, 0.2), pairs="all")[1] == {"tied": 1}
@@ -220,7 +220,7 @@ def test_a_prompt_that_was_not_judged_makes_no_pair():
 def test_defective_responses_get_no_points(monkeypatch):
     row = [{"ids": [i], "text": str(i), "finished": i != 1, "repeats": i == 2} for i in range(4)]
     monkeypatch.setitem(common.JUDGES, "points", lambda: lambda prompts, texts: torch.tensor([[3.0, 6.0, 6.0, 6.0]]))
-    dno.rank([{"prompt": [{"role": "user", "content": "?"}]}], [row], "cpu", Args(judge="points"))
+    dno.rank([{"prompt": [{"role": "user", "content": "?"}]}], [row], Args(judge="points"))
     assert [y["points"] for y in row] == [3, 0, 0, 6]
     assert [y["win_rate"] for y in row] == pytest.approx([2 / 3, 1 / 6, 1 / 6, 1])
 

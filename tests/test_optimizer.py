@@ -222,7 +222,7 @@ def test_a_master_of_other_weights_is_refused(broken, tmp_path, workdir):
 
 
 def test_sppo_learns_in_bf16_as_on_a_gpu_and_keeps_the_master_between_iterations(workdir, monkeypatch, one_thread):
-    monkeypatch.setattr(sppo, "load_policy", partial(load_policy, dtype=torch.bfloat16))
+    monkeypatch.setattr(common, "load_policy", partial(load_policy, dtype=torch.bfloat16))
     carried, make = [], common.make_optimizer
 
     def spy(policy, rule, lr):

@@ -19,11 +19,10 @@ OTHER_WORDS = {"judge", "limit", "n_eval", "max_prompt_tokens", "iterations", "k
 OTHER_WORDS |= {"learning_rate", "pairs", "loss"}
 
 BLOCKS = {  # name -> (function, first words, last words); from every script
-    "loading": ("main", "    asked = load_prompts(", "    policy, tokenizer = load_policy("),
-    "the start": ("main", "    table = []", "    show(table[0]"),
-    "the end": ("main", '    with aside(run / "final")', "    answered, chosen, facts = closing_answers("),
-    "the means": ("main", "        last = steps[", "        metrics |= {name: sum("),
-    "events": ("main", "        if args.tensorboard:", "            write_events("),
+    "the start": ("main", "    if args.dry_run:", "        return []"),
+    "the first row": ("main", "    record(run, table", "    record(run, table"),
+    "evaluation": ("main", "        metrics, against = ", "        metrics, against = "),
+    "the end": ("main", "    del policy", "    return table"),
     "the step": ("train_step", "    grad_norm = ", "    optimizer.zero_grad()"),
 }
 
@@ -65,7 +64,7 @@ def test_every_flag_is_read_and_every_import_used(script):
 
 
 def test_the_parts_of_a_script_come_in_the_same_order():
-    parts = ["class Args", "PAPER = ", "RECIPES = ", "COLUMNS = ", "# The maths ---", "# Roll-out and pairs ---"]
+    parts = ["class Args", "PAPER = ", "RECIPES = ", "# The maths ---", "# Roll-out and pairs ---"]
     parts += ["def make_pairs(", "def train_step(", "# Main ---", "def main("]
     for script in SCRIPTS:
         text = (ROOT / f"{script}.py").read_text()

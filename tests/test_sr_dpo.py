@@ -406,7 +406,7 @@ def test_the_default_job_in_small_learns(workdir, capsys):
     assert table[1]["accuracy"] > 0.8 and table[1]["exact_match"] > table[0]["exact_match"] + 0.1
     assert table[1]["pearson"] > 0.3 and table[1]["marginal"] > 0
     out = capsys.readouterr().out
-    assert "iterate  loss" in out and "* lies in runs/x/final" in out
+    assert "iterate  loss" in out and "lies in runs/x/final" in out
 
 
 def test_compare_prints_the_four_methods(workdir, capsys):
