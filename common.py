@@ -38,7 +38,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,9 @@ STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SI
 
 @dataclass
 class RunArgs:
-    """The flags that say where, how fast and by which judge a script runs; what it learns is in the script's Args."""
+    """The flags that all scripts share: of judge, evaluation, memory and run. Those of a method are in its Args."""
 
+    _argument_group_name = "judge, evaluation, memory, run: the same in all scripts"
     # judge
     preference: Literal["pairwise", "official"] = HfArg(default="pairwise", help="PairRM's P: of pairs, or of scores.")
     judge_temperature: float = HfArg(default=1.0, help="PairRM's logits are divided by this.")
@@ -158,15 +159,15 @@ class RunArgs:
     eval_prompts: str = HfArg(default="", help="Answer these in outputs.json, e.g. tatsu-lab/alpaca_eval.")
     best_of: int = HfArg(default=0, help="At the end, the judge's favourite of so many samples; 0: one sample.")
     # sampling and memory
-    repeat_n: int = HfArg(default=8, help="Responses that repeat n-grams of so many tokens may only lose:")
-    repeat_share: float = HfArg(default=0.5, help="if at least this share of them occurred before.")
-    slots: int = HfArg(default=256, help="Responses decoded together: a memory knob that changes nothing else.")
-    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a memory knob that changes nothing else.")
+    repeat_n: int = HfArg(default=8, help="A response may only lose if it repeats itself: n-grams of so many tokens,")
+    repeat_share: float = HfArg(default=0.5, help="... of which at least this share occurred before.")
+    slots: int = HfArg(default=256, help="Responses decoded together: a knob of memory and speed.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward: a knob of memory and speed.")
     checkpointing: Literal["auto", "on", "off"] = HfArg(
         default="auto", help="Recompute layers; auto: if memory is short."
     )
     # run
-    name: str = HfArg(default="", help="The run goes to runs/NAME; by default method, model, seed and time.")
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default script, model, seed and time.")
     resume: str = HfArg(default="", help="Go on with the run in this folder, runs/NAME, from where it was stopped.")
     checkpoint_minutes: float = HfArg(default=15.0, help="Save a checkpoint of training every so many minutes.")
     keep: int = HfArg(default=3, help="The policies of the last so many iterates, and of the best one, are kept.")
@@ -202,8 +203,8 @@ def pick_device(args):
 
 
 MODELS = {  # short names for --model
-    "tiny": "built in: 0.46 M parameters, made on the spot in seconds",
-    "tiny-p": "the same, made to answer better behind the prompt of TINY_P",
+    "tiny": "built in: 0.46 M parameters, made on the spot in half a minute, once",
+    "tiny-p": "the same, for sr_dpo.py: it answers better behind the prompt '100/100: '",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "gemma-2-9b": "google/gemma-2-9b-it",
@@ -235,7 +236,11 @@ def cli(main, args_class, recipes, description, argv=None):
     model = first_look.parse_known_args(argv)[0].model
     names = "".join(f"\n  {alias:<14} {name}" for alias, name in MODELS.items())
     description += f"\n\nshort names for --model, which takes any folder or hub id of a causal LM as well:{names}"
-    parser = _Parser(args_class, description=description, formatter_class=_Help, allow_abbrev=False)
+    description += f"\n\nThe defaults below are those of --model {model}; see --model NAME --help for another model's."
+    own = [(f.name, f.type, f) for f in fields(args_class) if f.name not in RunArgs.__dataclass_fields__]
+    # So that --help begins with the script's flags, in a group of their own.
+    own = make_dataclass("Own", own, namespace={"_argument_group_name": "data, method, sampling, optimiser"})
+    parser = _Parser((own, RunArgs), description=description, formatter_class=_Help, allow_abbrev=False)
     parser.set_defaults(**recipes.get(model, recipes["other"]))
     with contextlib.suppress(AttributeError):
         # A terminal without ± is no reason to lose a run, and `| tee` is to show a line when it is printed.
@@ -1305,12 +1310,12 @@ def load_gold(source):
     return _load("--gold", source, read_gold, lambda row: prompt_key(row["prompt"]), 0)
 
 
-def split_prompts(prompts, iterations, n_eval, seed, asked=(), flag="--prompts"):
+def split_prompts(prompts, iterations, n_eval, seed, eval_prompts=(), flag="--prompts"):
     """Shuffle, hold out `n_eval` (at most a quarter), cut the rest in equal parts: (parts, held_out), all disjoint.
 
-    By content, not by index. prompts, asked: rows of encode_prompts; those of `asked`, for --eval_prompts, are in none.
+    By content, not by index. prompts, eval_prompts: rows of encode_prompts; what is among the latter is in no part.
     """
-    keys = {prompt_key(p["prompt"]) for p in asked}
+    keys = {prompt_key(p["prompt"]) for p in eval_prompts}
     kept = [p for p in prompts if prompt_key(p["prompt"]) not in keys]
     if len(kept) < len(prompts):
         print(f"{len(prompts) - len(kept)} prompts left out: they are among --eval_prompts")
@@ -1326,13 +1331,13 @@ def split_prompts(prompts, iterations, n_eval, seed, asked=(), flag="--prompts")
     return parts, held_out
 
 
-def split_pairs(pairs, args, asked):
+def split_pairs(pairs, args, eval_prompts):
     """split_prompts by prompt: (parts, held_out); held_out has one pair per prompt, and so have parts with --online."""
     groups = {}
     for pair in pairs:
         groups.setdefault(prompt_key(pair["prompt"]), []).append(pair)
     firsts = [group[0] for group in groups.values()]
-    parts, held_out = split_prompts(firsts, args.iterations, args.n_eval, args.seed, asked, "--pairs")
+    parts, held_out = split_prompts(firsts, args.iterations, args.n_eval, args.seed, eval_prompts, "--pairs")
     more = sum(len(groups[prompt_key(pair["prompt"])]) - 1 for pair in held_out)
     if more:
         print(f"--pairs: {more} left out: further pairs of held-out prompts")
@@ -1474,8 +1479,8 @@ def check_positions(name, config, context):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond these, the angles of a row would depend on its batch mates
         positions = rope.get("original_max_position_embeddings", positions)
-    too_long = f"--max_prompt_tokens and --max_new_tokens add up to {context}, but {name} has {positions} positions"
-    require(context <= positions, too_long)
+    total = f"--max_prompt_tokens and --max_new_tokens add up to {context}"
+    require(context <= positions, f"{total}, but {name} has {positions} positions: lower them")
 
 
 def load_policy(name, device="cpu", context=0, dtype=None):
@@ -2649,12 +2654,12 @@ def memory_of(device):
     return min(limits)
 
 
-def plan_run(args, device, rule, trained, memory=None):
+def plan_run(args, device, row, memory=None):
     """What each stage of a run takes, in bytes; raises InputError, naming flags that help, where there is not so much.
 
-    rule: the optimiser's name; trained: how many responses per prompt are trained on; memory: bytes, if not what there
-    is. Returns {"parameters", "memory", "disk", "checkpointing": whether to call use_checkpointing, "stages": {stage:
-    {part: bytes}}}.
+    row: how many responses are in a row of training, behind their prompt; memory: bytes, if not what there is. Returns
+    {"parameters", "memory", "disk", "checkpointing": whether to call use_checkpointing, "stages": {stage: {part:
+    bytes}}}.
     """
     config = known_config(args.model)
     check_positions(args.model, config, args.max_prompt_tokens + args.max_new_tokens)
@@ -2669,11 +2674,11 @@ def plan_run(args, device, rule, trained, memory=None):
     resident = args.judge not in ("", "llm", *JUDGES)
     judge = {"judge": judge_size(args.judge), "its batch": 512 * PAIRRM_SCORES} if resident else {}
     weights = {"weights": n * dtype.itemsize, "master": n * 2 if device == "cuda" else 0}
-    moments = n * dtype.itemsize * {"rmsprop": 1, "adamw": 2}[rule]
+    moments = n * dtype.itemsize  # RMSprop's
     # A slot's keys and values, and its logits in float64, sorted.
     slot = kv * (args.max_prompt_tokens + args.max_new_tokens) + 40 * config.vocab_size
-    row = args.max_prompt_tokens + trained * args.max_new_tokens  # the longest row to train on
-    tokens = max(args.micro_tokens, row)
+    longest = args.max_prompt_tokens + row * args.max_new_tokens  # row to train on
+    tokens = max(args.micro_tokens, longest)
     slopes = tokens * config.vocab_size * dtype.itemsize  # over KEEP the weights' gradient is summed in float32 instead
     head = slopes if slopes <= KEEP else max(KEEP, 2 * 4 * config.vocab_size * config.hidden_size)
     head += CHUNK[device] * config.vocab_size * 4
@@ -2685,7 +2690,7 @@ def plan_run(args, device, rule, trained, memory=None):
         training = {"gradients": n * dtype.itemsize, "moments": moments, "head": head}
         return {
             "sampling": {**weights, "slots": args.slots * slot},
-            "judging": {**weights, **judge},
+            **({"judging": {**weights, **judge}} if args.judge else {}),
             "training": {**weights, **training, "activations": tokens * per_token[checkpointing]},
             "evaluation": {**weights, "previous iterate": sum(weights.values()), "activations": tokens * one_layer},
         }
@@ -2694,25 +2699,23 @@ def plan_run(args, device, rule, trained, memory=None):
     checkpointing = args.checkpointing == "on" or (args.checkpointing == "auto" and required)
     knobs = {
         "sampling": ("slots", args.slots, slot, 1),
-        "training": ("micro_tokens", tokens, per_token[checkpointing], row),
-        "evaluation": ("micro_tokens", tokens, max(1, one_layer), row),
+        "training": ("micro_tokens", tokens, per_token[checkpointing], longest),
+        "evaluation": ("micro_tokens", tokens, max(1, one_layer), longest),
     }
-    wanted, flags = {stage: sum(parts.values()) for stage, parts in stages(checkpointing).items()}, {}
-    stage = max(wanted, key=wanted.get)
-    short = f"--model {args.model}: {stage} takes {_parts(stages(checkpointing)[stage])}, there are {have / 1e9:.1f}"
-    for stage in [stage for stage in wanted if wanted[stage] > have]:
-        flag, now, each, least = knobs.get(stage, ("", 0, 1, 1))
-        most = math.floor(now - (wanted[stage] - have) / each)
+    wanted, flags = {name: sum(parts.values()) for name, parts in stages(checkpointing).items()}, {}
+    most = max(wanted, key=wanted.get)
+    short = f"--model {args.model}: {most} takes {_parts(stages(checkpointing)[most])}, there are {have / 1e9:.1f}"
+    for name in [name for name in wanted if wanted[name] > have]:
+        flag, now, each, least = knobs.get(name, ("", 0, 1, 1))
+        most = math.floor(now - (wanted[name] - have) / each)
         if device == "cpu" and most <= 0:
-            on_gpu = plan_run(replace(args, checkpointing="on"), "cuda", rule, trained, math.inf)["stages"].values()
+            on_gpu = plan_run(replace(args, checkpointing="on"), "cuda", row, math.inf)["stages"].values()
             most = max(sum(parts.values()) for parts in on_gpu)
             raise InputError(
                 f"{short}; a CUDA GPU would do, in bf16 it takes {most / 1e9:.0f} GB; or a smaller --model"
             )
         require(most > 0, f"{short}; it takes a GPU with more memory or a smaller --model")
-        require(
-            most >= least, f"{short}; lower --max_new_tokens: {most} tokens fit for a prompt and {trained} responses"
-        )
+        require(most >= least, f"{short}; lower --max_new_tokens: {most} tokens fit for a prompt and {row} responses")
         flags[flag] = min(most, flags.get(flag, most))
     require(not flags, f"{short}; it fits with {' '.join(f'--{flag} {most}' for flag, most in flags.items())}")
     # Iterates, final/, and two checkpoints of training, while one takes the place of the other.
@@ -2732,47 +2735,48 @@ def _parts(parts):
 def show_plan(plan, args):
     """Print what plan_run found."""
     print(f"{args.model}: {plan['parameters']:,} parameters; there are {plan['memory'] / 1e9:.1f} GB of memory")
-    for stage, sizes in plan["stages"].items():
-        print(f"  {stage:<12}{_parts(sizes)}")
+    for name, sizes in plan["stages"].items():
+        print(f"  {name:<12}{_parts(sizes)}")
     print(f"  {'disk':<12}{plan['disk'] / 1e9:.1f} GB for iterates, final/ and checkpoints, and a little for responses")
     print(f"  checkpointing (layers computed again in backward): {'yes' if plan['checkpointing'] else 'no'}")
 
 
-def judgements(prompts, held_out, asked, args, k):
+def judgements(prompts, held_out, eval_prompts, args, k):
     """What a run asks of the judge: [(how many prompts, responses to each)]; k: responses to each of training."""
     training = [(args.iterations * len(prompts), k)] if k else []
     evaluation = [(len(held_out), t + 1) for t in range(1, args.iterations + 1)]
-    closing = [(len(held_out) + len(asked), args.best_of), (len(held_out), 2)] if args.best_of else []
+    closing = [(len(held_out) + len(eval_prompts), args.best_of), (len(held_out), 2)] if args.best_of else []
     return training + evaluation + closing
 
 
-def show_costs(policy, prompts, held_out, asked, args, *, trained, ranked, sampled):
+def show_costs(policy, prompts, held_out, eval_prompts, args, *, row, trained, ranked, sampled):
     """Print about how many tokens, and dollars, --judge llm will take, and with --dry_run how many hours the run.
 
-    prompts, held_out, asked: those of one iteration, of an evaluation and of --eval_prompts. Per prompt of training so
-    many responses are trained on, judged side by side, and sampled.
+    prompts, held_out: those of one iteration and of an evaluation. Per prompt of training so many responses are trained
+    on (at most), `row` of them in a row of train_step, so many are judged side by side, and sampled.
     """
     if args.judge == "llm":
-        _show_dollars(prompts, held_out, asked, args, ranked)
+        _show_dollars(prompts, held_out, eval_prompts, args, ranked)
     if args.dry_run:
-        _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled)
+        with short_of_memory("measuring", "a lower --slots or --micro_tokens"):
+            _show_hours(policy, prompts, held_out, eval_prompts, args, row, trained, ranked, sampled)
 
 
-def _show_dollars(prompts, held_out, asked, args, k):
+def _show_dollars(prompts, held_out, eval_prompts, args, k):
     prompt = sum(len(p["prompt_ids"]) for p in [*prompts, *held_out]) / (len(prompts) + len(held_out))
-    counts = judgements(prompts, held_out, asked, args, k)
+    counts = judgements(prompts, held_out, eval_prompts, args, k)
     # Of English, four characters make a token; a verdict with its reason has a hundred.
     tokens = sum(n * (len(judge_question("", [""] * k)) / 4 + prompt + k * args.max_new_tokens) for n, k in counts)
     new_tokens = sum(n * k * 100 for n, k in counts)
     dollars = (tokens * args.judge_price_in + new_tokens * args.judge_price_out) / 1e6
-    requests, millions = (
+    requests, words = (
         sum(n for n, _ in counts),
         f"{tokens / 1e6:.2g} million tokens, and {new_tokens / 1e6:.2g} of replies",
     )
-    print(f"--judge llm: {requests:,} requests of {millions}, at --max_new_tokens a response; {dollars:,.2f} dollars")
+    print(f"--judge llm: {requests:,} requests of {words}, at --max_new_tokens a response; {dollars:,.2f} dollars")
 
 
-def _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled):
+def _show_hours(policy, prompts, held_out, eval_prompts, args, row, trained, ranked, sampled):
     """From a little sampling, judging and a training step of rate 0, timed here."""
     judge = load_judge(args)
 
@@ -2792,7 +2796,7 @@ def _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled
     some = [prompt["prompt_ids"] for prompt in prompts[: max(1, args.slots // args.k)]]
     sample = partial(generate, policy, some, k=args.k, max_new_tokens=n, eos_ids=[-1], slots=args.slots)
     token = seconds(sample) / (len(some) * args.k * n)
-    xs, ys = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(trained)], strict=True)
+    xs, ys = zip(*[(x, [0] * args.max_new_tokens) for x in some for _ in range(row)], strict=True)
     rows = micro_batches(policy, xs, ys, args.micro_tokens)[-1]
     xs, ys = [xs[i] for i in rows], [ys[i] for i in rows]
     optimizer = make_optimizer(policy, "rmsprop", 0.0)
@@ -2800,17 +2804,20 @@ def _show_hours(policy, prompts, held_out, asked, args, trained, ranked, sampled
     update = seconds(optimizer.step)
     optimizer.zero_grad()
     print(f"  measured    {1 / token:,.0f} tokens/s; training {response:.2g} s a response, {update:.2g} s an update")
-    closing = len(held_out) + len(asked) if args.best_of else len(asked)
-    samples = args.iterations * (len(prompts) * sampled + len(held_out))
+    closing = len(eval_prompts) + (len(held_out) if args.best_of else 0)
+    samples = args.iterations * len(prompts) * sampled + (args.iterations + 1) * len(held_out)
     sampling = token * args.max_new_tokens * (samples + closing * (args.best_of or 1))
-    judging = two * sum(n * k * (k - 1) for n, k in judgements(prompts, held_out, asked, args, ranked))
-    # Forward only is a third: the log-probs of the reference, and the KL from both models.
-    passes = args.epochs * (4 / 3 if getattr(args, "lam", 0) else 1) + 1 / 3  # sr_dpo.py has another one per step
+    judging = two * sum(n * k * (k - 1) for n, k in judgements(prompts, held_out, eval_prompts, args, ranked))
+    # Forward only is a third: the log-probs of the reference, and the KL from both models; sr_dpo.py has as many again
+    # for p + x, in each step and before.
+    refined = hasattr(args, "lam")
+    passes = args.epochs * (4 / 3 if refined and args.lam else 1) + (2 / 3 if refined else 1 / 3)
     training = response * (trained * len(prompts) * passes + len(held_out) * 2 / 3)
-    training += update * args.epochs * math.ceil(len(prompts) / args.batch_size)
+    training += update * args.epochs * math.ceil(len(prompts) * trained / row / args.batch_size)
+    most = "at most " if trained > row else ""
     hours = [f"{s / 3600:.2g}" for s in (sampling, judging, args.iterations * training)]
     judged = f"judging {hours[1]} ({two:.2g} s for two responses in one order)" if local else "judging not known"
-    print(f"  hours       sampling {hours[0]}, training {hours[2]}, {judged}, at --max_new_tokens a response")
+    print(f"  hours       sampling {hours[0]}, training {most}{hours[2]}, {judged}, at --max_new_tokens a response")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2854,13 +2861,13 @@ COLUMNS = {  # metrics -> titles, of the line per iterate and of the closing tab
 }
 
 
-def open_run(args, script, trained):
+def check_run(args, script, row):
     """Check the flags and whether the run fits on this machine: (its folder, not yet made; what plan_run says).
 
-    trained: how many responses per prompt are trained on.
+    row: how many responses train_step has in a row, behind their prompt.
     """
     check_args(args)
-    run, plan = run_folder(args, script), plan_run(args, pick_device(args), "rmsprop", trained)
+    run, plan = run_folder(args, script), plan_run(args, pick_device(args), row)
     if args.dry_run:
         show_plan(plan, args)
     return run, plan
@@ -2868,14 +2875,14 @@ def open_run(args, script, trained):
 
 def prepare(args, plan):
     """Try the judge and load the policy: (policy, tokenizer, the encoded --eval_prompts, [] without)."""
-    asked = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
+    eval_prompts = load_prompts(args.eval_prompts, flag="--eval_prompts") if args.eval_prompts else []
     try_judge(load_judge(args), args)
     context = args.max_prompt_tokens + args.max_new_tokens
     policy, tokenizer = load_policy(args.model, pick_device(args), context)
-    asked = asked and encode_prompts(tokenizer, asked, args.max_prompt_tokens, "--eval_prompts")
+    eval_prompts = eval_prompts and encode_prompts(tokenizer, eval_prompts, args.max_prompt_tokens, "--eval_prompts")
     if plan["checkpointing"]:
         use_checkpointing(policy)
-    return policy, tokenizer, asked
+    return policy, tokenizer, eval_prompts
 
 
 def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling"):
@@ -2895,11 +2902,11 @@ def sample_responses(policy, tokenizer, prompts, k, seed, args, desc="sampling")
     return [[as_response(r.ids, text(r.ids), r.finished, args) for r in row] for row in sampled]
 
 
-def sampling_stage(policy, tokenizer, prompts, k, seed, folder, args, given=None):
-    """sample_responses as a stage: responses.jsonl, a row per prompt; or the `given` ones."""
+def sampling_stage(policy, tokenizer, prompts, seed, folder, args, given=None):
+    """--k sample_responses to each prompt as a stage: responses.jsonl, a row per prompt; or the `given` ones."""
 
     def make(prompts):
-        rows = given or sample_responses(policy, tokenizer, prompts, k, seed, args)
+        rows = given or sample_responses(policy, tokenizer, prompts, args.k, seed, args)
         return [{**prompt, "responses": row} for prompt, row in zip(prompts, rows, strict=True)]
 
     rows = stage(folder / "responses.jsonl", prompts, make, 0 if given else CHUNK_OF_PROMPTS, ["responses"])
@@ -2935,14 +2942,14 @@ def as_response(ids, text, finished, args):
     return {"ids": ids, "text": text, "finished": finished, "repeats": repeats}
 
 
-def given_responses(policy, tokenizer, prompts, args):
-    """The --responses to `prompts`, encoded prompts: (those that have some, k responses to each of them).
+def given_responses(policy, tokenizer, prompts, given, args):
+    """Of `given`, what load_responses says, those to `prompts`, encoded: (those that have some, k responses to each).
 
     Text becomes its tokens and the one that ends a turn; given "ids" are trained on as they are. What is over
     --max_new_tokens keeps its start and is unfinished. Raises InputError where there is none, or an id is no token.
     """
-    given, stops = load_responses(args.responses, args.k), stop_ids(policy, tokenizer)
-    end, rows = turn_end(tokenizer, stops), []
+    stops, rows = stop_ids(policy, tokenizer), []
+    end = turn_end(tokenizer, stops)
     kept = [prompt for prompt in prompts if prompt_key(prompt["prompt"]) in given]
     first = [next(iter(given.values()))["prompt"][-1]["content"], prompts[0]["prompt"][-1]["content"]]
     none = f"none of its prompts is one to train on; its first is {first[0]!r:.60}, that of --prompts {first[1]!r:.60}"
@@ -2967,13 +2974,12 @@ def given_responses(policy, tokenizer, prompts, args):
     return kept, rows
 
 
-def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
+def evaluate(policy, tokenizer, held_out, answers, folder, args):
     """Answer the held-out prompts with the newest iterate and judge its answers against those of all earlier ones.
 
-    answers: for each earlier iterate one response per held-out prompt; the new ones are appended. previous: the
-    iterate before this one, a name or folder for load_policy. folder: where answers.jsonl and evaluation.jsonl go, and
-    come from where they are there. Returns the metrics, and prefs (held-out prompts, iterates, iterates), which is
-    (held-out prompts, 1, 1) for the start and without a judge.
+    answers: for each earlier iterate one response per held-out prompt; the new ones are appended. folder: run/iter_t,
+    where answers.jsonl and evaluation.jsonl go, and come from where they are there. Returns the metrics, and prefs
+    (held-out prompts, iterates, iterates), which is (held-out prompts, 1, 1) for the start and without a judge.
     """
 
     def answer(prompts):
@@ -2981,7 +2987,7 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
         return [row[0] for row in sample_responses(policy, tokenizer, prompts, 1, seed, args, "evaluating")]
 
     def compare(_):
-        metrics, prefs = compare_answers(policy, tokenizer, held_out, answers, previous, args)
+        metrics, prefs = compare_answers(policy, tokenizer, held_out, answers, folder, args)
         return [{"metrics": metrics, "prefs": prefs.tolist()}]
 
     start = time.perf_counter()
@@ -2991,7 +2997,7 @@ def evaluate(policy, tokenizer, held_out, answers, previous, folder, args):
     return {**row["metrics"], "tokens_per_second": speed}, torch.tensor(row["prefs"])
 
 
-def compare_answers(policy, tokenizer, held_out, answers, previous, args):
+def compare_answers(policy, tokenizer, held_out, answers, folder, args):
     """The metrics and prefs of `evaluate`, whose answers are all in `answers`, the newest last."""
     t = len(answers) - 1
     graded = {"": answers[t]} if hasattr(JUDGES.get(args.judge), "metrics") else {}
@@ -3017,7 +3023,8 @@ def compare_answers(policy, tokenizer, held_out, answers, previous, args):
     metrics |= getattr(judge, "totals", {})
     del judge  # only one of judge, reference and optimiser is in memory beside the policy
     if t:
-        reference, _ = load_policy(previous, policy.device)
+        before = str(folder.with_name(f"iter_{t - 1}") / "policy") if t > 1 else args.model
+        reference, _ = load_policy(before, policy.device)
         rows = ([p["prompt_ids"] for p in held_out], [y["ids"] for y in answers[t]], args.micro_tokens, "KL")
         # E_{y ~ pi_{t+1}} of the log-ratio: the KL if --temperature and --top_p are 1, else sharper samples estimate it
         metrics["kl"] = (score(policy, *rows) - score(reference, *rows)).mean().item()
@@ -3045,16 +3052,18 @@ def correlations(x, y):
     }
 
 
-def gold_responses(policy, tokenizer, parts, args):
-    """The teacher's response to each encoded prompt of `parts`, a list of lists; None where it is missing."""
+def gold_responses(policy, tokenizer, parts, written, args):
+    """The teacher's response to each encoded prompt of `parts`, a list of lists; None where it is missing.
+
+    written: those of load_gold, if --gold is a file.
+    """
     if not args.gold:
         print("no --gold: pairs are of the student's responses alone")
         return [[None] * len(part) for part in parts]
     digits, end = args.gold == "digits", turn_end(tokenizer, stop_ids(policy, tokenizer))
-    given = {} if digits else load_gold(args.gold)
 
     def gold(prompt):
-        text = given.get(prompt_key(prompt["prompt"]), {}).get("gold")
+        text = written.get(prompt_key(prompt["prompt"]), {}).get("gold")
         text = "".join(sorted(re.findall("[0-9]", prompt["prompt"][-1]["content"]))) if digits else text
         if text is None:
             return None
@@ -3077,9 +3086,8 @@ def attach_ref_logps(policy, pairs, args, name="ref_logps", prompt_ids="prompt_i
         for y in pair["responses"]:
             rows.setdefault((tuple(pair[prompt_ids]), tuple(y["ids"])), []).append(y)
     prompts, ids = [list(x) for x, _ in rows], [list(y) for _, y in rows]
-    for same, logp in zip(
-        rows.values(), score(policy, prompts, ids, args.micro_tokens, "reference").tolist(), strict=True
-    ):
+    logps = score(policy, prompts, ids, args.micro_tokens, "reference").tolist()
+    for same, logp in zip(rows.values(), logps, strict=True):
         for y in same:
             y[name] = logp
 
@@ -3218,8 +3226,8 @@ def record(run, table, metrics, args, steps=(), examples=()):
     """Add an iterate's metrics to `table` and metrics.jsonl, print them, and remove the policies that --keep does not.
 
     steps: what train returned; with --tensorboard they go into event files, too. examples: as for `show`. What a
-    resumed run has done before keeps its times. Returns the best iterate so far: the one that wins most often against
-    the start on held-out prompts, without a judge the last.
+    resumed run has done before keeps its times; what it does after that has none. Returns the best iterate so far: the
+    one that wins most often against the start on held-out prompts, without a judge the last.
     """
     file, iteration = run / "metrics.jsonl", metrics["iteration"]
     rows = {row["iteration"]: row for row in (read_jsonl(file) if file.exists() else [])}
@@ -3243,18 +3251,18 @@ def attach(name, rows, values):
         row[name] = None if math.isnan(value) else value
 
 
-def close_run(run, table, best, prefs, held_out, asked, answers, args):
+def close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args):
     """Make final/, the policy of iterate `best`, outputs.json and, with a judge, win_rates.json; print the tables.
 
-    prefs: of the last `evaluate`. held_out, asked, answers: as for closing_answers.
+    iterate_prefs: of the last `evaluate`. held_out, eval_prompts, answers: as for closing_answers.
     """
     with aside(run / "final") as part:
         shutil.copytree(run / f"iter_{best}" / "policy", part)
-    answered, chosen, facts = closing_answers(run / "final", held_out, asked, answers, best, args)
+    answered, chosen, facts = closing_answers(run, held_out, eval_prompts, answers, best, args)
     write_json(run / "outputs.json", alpaca_outputs(answered, chosen, run.name))
     show_table(table, best)
     if args.judge:
-        matrix = {**win_matrix(prefs), **facts}
+        matrix = {**win_matrix(iterate_prefs), **facts}
         write_json(run / "win_rates.json", matrix)
         show_matrix(matrix)
     what = "is the best on held-out prompts and lies" if args.judge else "lies"
@@ -3263,17 +3271,18 @@ def close_run(run, table, best, prefs, held_out, asked, answers, args):
         print("but even it loses to the start: try a lower --learning_rate or more data")
 
 
-def closing_answers(final, held_out, asked, answers, best, args):
-    """What goes into outputs.json: (prompts, one response each, facts) of the best iterate, in the folder `final`.
+def closing_answers(run, held_out, eval_prompts, answers, best, args):
+    """What goes into outputs.json: (prompts, one response each, facts) of the best iterate, in the folder run/final.
 
-    Answered are `asked`, the encoded --eval_prompts, if there are any, else the held-out prompts. With --best_of each
-    answer is the judge's favourite of so many; how often these beat the start on the held-out prompts is in the facts.
+    Answered are the encoded --eval_prompts, if there are any, else the held-out prompts. With --best_of each answer is
+    the judge's favourite of so many; how often these beat the start on the held-out prompts is in the facts. Both are
+    stages: asked.jsonl, best_of.jsonl.
     """
-    if not (args.best_of or asked):
+    if not (args.best_of or eval_prompts):
         return held_out, answers[best], {}
-    policy, tokenizer = load_policy(str(final), pick_device(args))
+    policy, tokenizer = load_policy(str(run / "final"), pick_device(args))
 
-    def answer(prompts):
+    def make(prompts):
         k = args.best_of or 1
         rows = sample_responses(policy, tokenizer, prompts, k, f"{args.seed} outputs", args, "answering")
         if k == 1:
@@ -3281,13 +3290,16 @@ def closing_answers(final, held_out, asked, answers, best, args):
         favourite = judge_prefs(load_judge(args), prompts, rows).mean(-1).argmax(-1)  # as win_rates
         return [row[i] for row, i in zip(rows, favourite.tolist(), strict=True)]
 
+    def answer(name, prompts):
+        return stage(run / f"{name}.jsonl", prompts, make, CHUNK_OF_PROMPTS, ["text", "finished", "repeats"])
+
     chosen, facts = answers[best], {}
     if args.best_of:
-        chosen, pairwise = answer(held_out), replace(args, preference="pairwise")
+        chosen, pairwise = answer("best_of", held_out), replace(args, preference="pairwise")
         wins = judge_prefs(load_judge(pairwise), held_out, list(zip(chosen, answers[0], strict=True)))[:, 0, 1]
         facts = {"best_of": args.best_of, "best_of_vs_start": wins.mean().item()}
         facts["best_of_vs_start_se"] = wins.std().item() / math.sqrt(len(wins))
-    return (asked, answer(asked), facts) if asked else (held_out, chosen, facts)
+    return (eval_prompts, answer("asked", eval_prompts), facts) if eval_prompts else (held_out, chosen, facts)
 
 
 def alpaca_outputs(prompts, answers, generator):

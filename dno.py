@@ -16,7 +16,8 @@ Where this file departs from the paper, or fills what it leaves open:
  1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
     says. In the paper repetition makes automatic negatives; it does not mention cut responses.
  2. Candidates are shown to --judge llm in random order; the paper does not say in which. Other judges give preferences:
-    margins are then differences of win rates, --min_win_rate and --win_rate_margin.
+    margins are then differences of win rates, --min_win_rate and --win_rate_margin, whose values are ours. RECIPES has
+    PairRM, which runs on the same GPU; --judge llm is the paper's kind.
  3. The learning rate is 5e-7 for real models. The paper prints 5e-5, a hundred times the usual rate of full DPO
     fine-tuning at 7B. The optimiser is sppo.py's RMSprop.
  4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not define it.
@@ -49,6 +50,7 @@ from common import (
     as_prefs,
     ask_judge,
     attach,
+    check_run,
     cli,
     close_run,
     encode_prompts,
@@ -56,10 +58,11 @@ from common import (
     given_responses,
     gold_responses,
     late_means,
+    load_gold,
     load_judge,
     load_prompts,
+    load_responses,
     micro_batches,
-    open_run,
     prepare,
     record,
     reference_stage,
@@ -82,8 +85,8 @@ class Args(RunArgs):
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
-    responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own.")
+    responses: str = HfArg(default="", help="Responses to train on, with --iterations 1: a file or ID[:split].")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
     limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
@@ -94,14 +97,18 @@ class Args(RunArgs):
     eta: float = HfArg(default=2.0, help="DPO's beta: the higher, the closer to pi_t.")
     exact_scale: float = HfArg(default=1.0, help="c of --loss exact, of targets sigmoid(c (r1 - r2)).")
     pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
-        default="dno", help="Large margins; those that the teacher wins; teacher first, unjudged; or any margin."
+        default="dno",
+        help="dno: large margins; restrictive: of these, those that the teacher wins; spin: teacher before "
+        "student, unjudged; all: any margin. --loss exact has no margins.",
     )
-    min_score: float = HfArg(default=5.0, help="Judges of points: y+ has so many of 6,")
-    margin: float = HfArg(default=2.0, help="and so many more than y- if y+ is the teacher's,")
-    student_margin: float = HfArg(default=1.0, help="so many if it is the student's.")
-    min_win_rate: float = HfArg(default=0.5, help="Other judges: y+ has at least this win rate,")
-    win_rate_margin: float = HfArg(default=0.3, help="and so much more than y-, or half of it if y+ is the student's.")
-    replay: float = HfArg(default=0.3, help="Most of all pairs from iteration t-1; half as many from t-2, and so on.")
+    min_score: float = HfArg(default=5.0, help="By a judge of points y+ has at least so many of 6.")
+    margin: float = HfArg(default=2.0, help="... and so many more than y-, if y+ is the teacher's.")
+    student_margin: float = HfArg(default=1.0, help="... and so many more than y-, if y+ is the student's.")
+    min_win_rate: float = HfArg(default=0.5, help="By another judge y+ has at least this win rate.")
+    win_rate_margin: float = HfArg(default=0.3, help="... and so much more than y-, half of it if y+ is the student's.")
+    replay: float = HfArg(
+        default=0.3, help="At most this share of pairs is from iteration t-1, half of it from t-2, ..."
+    )
     sft_alpha: float = HfArg(default=1.0, help="Weight of -log pi(y+|x), added to the contrastive loss.")
     # sampling
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
@@ -132,7 +139,7 @@ PAPER = {
     "slots": 64,
     "learning_rate": 5e-7,
 }
-RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
+RECIPES = {"tiny": {}, "tiny-p": {}, "mistral-7b": PAPER, "other": PAPER}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def win_rates(prefs):
 def rank(prompts, candidates, args):
     """Algorithm 2, line 5: give each candidate its "win_rate" over the others and, by a judge of points, its "points".
 
-    A response that the length limit cut, or that repeats itself, gets no points. With --pairs spin the teacher wins,
+    A response that the length limit cut, or that repeats itself, gets 0 points. With --pairs spin the teacher wins,
     if it is sound, and nobody is asked.
     """
     if args.pairs == "spin":
@@ -238,6 +245,8 @@ def make_pairs(prompts, candidates, args):
     if "points" in candidates[0][0]:
         unit, least = "points", ("below --min_score", args.min_score)
         margins = ("within --margin", args.margin), ("within --student_margin", args.student_margin)
+    contrastive = args.loss == "contrastive"
+    filtered = contrastive and args.pairs in ("dno", "restrictive")
     for prompt, candidate in zip(prompts, candidates, strict=True):
         if any(y[unit] is None for y in candidate):
             failed["not judged"] += math.comb(len(candidate), 2)
@@ -251,11 +260,11 @@ def make_pairs(prompts, candidates, args):
                 rule = "identical"
             elif args.pairs in ("restrictive", "spin") and kind != "teacher_student":
                 rule = "not won by the teacher"
-            elif args.loss == "contrastive" and gap <= 0:
+            elif contrastive and gap <= 0:
                 rule = "tied"
-            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive") and a[unit] < least[1]:
+            elif filtered and a[unit] < least[1]:
                 rule = least[0]
-            elif args.loss == "contrastive" and args.pairs in ("dno", "restrictive") and gap < margin:
+            elif filtered and gap < margin:
                 rule = words
             failed[rule] += 1
             if not rule:
@@ -295,7 +304,7 @@ def train_step(policy, optimizer, scheduler, batch, args):
             loss = dno_exact_loss(chosen, rejected, ref_chosen, ref_rejected, r_1, r_2, args.eta)  # eq. 8
         else:
             loss = dno_loss(chosen, rejected, ref_chosen, ref_rejected, args.eta)  # Alg. 2, line 7
-            loss = loss - args.sft_alpha * chosen
+            loss = loss - args.sft_alpha * chosen  # departure 4
         (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
         losses[[j // 2 for j in i[::2]]], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
@@ -315,32 +324,33 @@ def main(args):
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
     taught = args.gold or args.pairs not in ("restrictive", "spin")
     require(taught, f"--pairs {args.pairs}: its pairs are won by a teacher, so it takes --gold")
-    run, plan = open_run(args, "dno", 2)  # a row to train on has a prompt and two responses
+    run, plan = check_run(args, "dno", 2)  # a row to train on has a prompt and two responses
     prompts = load_prompts(args.prompts, args.limit, args.seed)
-    policy, tokenizer, asked = prepare(args, plan)
+    given = load_responses(args.responses, args.k) if args.responses else None
+    written = load_gold(args.gold) if args.gold not in ("", "digits") else {}
+    policy, tokenizer, eval_prompts = prepare(args, plan)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
-    given = None
-    if args.responses:
-        parts[0], given = given_responses(policy, tokenizer, parts[0], args)
+    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, eval_prompts)
+    if given:
+        parts[0], given = given_responses(policy, tokenizer, parts[0], given, args)
         alike = not args.gold or "score" not in given[0][0]
         require(alike, "--responses: they have scores, which a teacher's has not; give --gold ''")
-    golds = gold_responses(policy, tokenizer, parts, args)
+    golds = gold_responses(policy, tokenizer, parts, written, args)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     ranked = args.k + bool(args.gold) if args.pairs != "spin" else 0  # responses per prompt
     sampled, most = 0 if args.responses else args.k, args.k * (args.k + 1)  # most: if all pairs of K + 1 are trained on
-    show_costs(policy, parts[0], held_out, asked, args, trained=most, ranked=ranked, sampled=sampled)
+    show_costs(policy, parts[0], held_out, eval_prompts, args, row=2, trained=most, ranked=ranked, sampled=sampled)
     if args.dry_run:
         return []
     start_run(run, args, "dno", policy)
-    answers, previous, table, earlier = [], args.model, [], []
-    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
+    answers, table, earlier = [], [], []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, run / "iter_0", args)[0], args)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 2, line 3: the teacher's responses are in golds, None where there is none; line 4: K from pi_t
         seed = f"{args.seed} sample {iteration}"
-        responses = sampling_stage(policy, tokenizer, prompts, args.k, seed, folder, args, given)
+        responses = sampling_stage(policy, tokenizer, prompts, seed, folder, args, given)
         # Alg. 2, line 5: rank all K + 1
         candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
         ranking_stage(prompts, candidates, folder, args)
@@ -359,17 +369,16 @@ def main(args):
         steps = train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, args)
         earlier.append(new)
 
-        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
+        metrics, iterate_prefs = evaluate(policy, tokenizer, held_out, answers, folder, args)
         metrics |= {**late_means(steps), "pairs": len(pairs), "replayed": len(pairs) - len(new)}
         for kind in ("teacher_student", "student_teacher", "student_student"):
             metrics[kind] = sum(pair["kind"] == kind for pair in new)
         metrics["seconds"] = time.perf_counter() - start
-        previous = str(folder / "policy")
         # Alg. 2, line 9: the best iterate on held-out prompts
         best = record(run, table, metrics, args, steps, (pairs[0], pairs[-1]))
 
     del policy  # the best one takes its place
-    close_run(run, table, best, against, held_out, asked, answers, args)
+    close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args)
     return table
 
 

@@ -2,7 +2,7 @@
 
 Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4.7. In each iteration the policy pi_t
 answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
-moves towards pi_{t+1}(y) ~ pi_t(y) exp(eta P(y > pi_t)): a no-regret step in the game "whose answer is preferred?".
+moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
     python sppo.py                       the built-in task, a minute on two CPU cores (README.md)
     python sppo.py --model mistral-7b    the paper's: UltraFeedback in thirds, PairRM; one GPU of 80 GB; not run yet
@@ -43,6 +43,7 @@ from transformers.hf_argparser import HfArg
 from common import (
     RunArgs,
     attach,
+    check_run,
     cli,
     close_run,
     encode_prompts,
@@ -51,8 +52,8 @@ from common import (
     judging_stage,
     late_means,
     load_prompts,
+    load_responses,
     micro_batches,
-    open_run,
     prepare,
     record,
     reference_stage,
@@ -73,8 +74,8 @@ class Args(RunArgs):
     # model and data
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
-    responses: str = HfArg(default="", help="Train on these responses instead of sampling: a file or ID[:split].")
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own.")
+    responses: str = HfArg(default="", help="Responses to train on, with --iterations 1: a file or ID[:split].")
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
     limit: int = HfArg(default=0, help="Use the first so many prompts; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
@@ -108,7 +109,7 @@ PAPER = {  # arXiv 2405.00675, experiments; K, T, top-p and 3 iterations are the
     "epochs": 1,
     "batch_size": 64,
 }
-RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
+RECIPES = {"tiny": {}, "tiny-p": {}, "mistral-7b": PAPER, "other": PAPER}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -160,13 +161,14 @@ def sppo_loss(logps, ref_logps, win_rate, eta, log_z=None):
 
 
 def make_pairs(prompts, responses, prefs, args):
-    """Algorithm 1, line 5: a row per prompt with its chosen responses, best first, and log Z.
+    """Algorithm 1, line 5: a row per prompt with its chosen responses, best first, their win rates, and log Z.
 
     Chosen are the best and the worst, or all K, by the mean score s(y) = 1/K sum_k s(y, y_k) of section 5, where
     P(y > y') = sigmoid(s(y, y')). There is no row for a prompt whose best and worst are the same or tie.
     """
-    win_rate = win_rates(prefs)
-    half = torch.full(win_rate.shape[:1], args.eta / 2)
+    win_rate = win_rates(prefs)  # (B, K)
+    attach("win_rate", [y for row in responses for y in row], win_rate.flatten())
+    half = torch.full((len(prompts),), args.eta / 2)
     log_z = log_partition(win_rate, args.eta) if args.log_z == "estimate" else half
     mean_score = torch.logit(prefs, eps=1e-6).mean(-1)  # (B, K); a preference of 0 or 1 is a score of -14 or 14
     order = torch.argsort(mean_score, dim=-1, descending=True, stable=True)
@@ -216,53 +218,53 @@ def main(args):
     require(fits, "--targets hard: wants --pairs extremes and --log_z half, as only the best and worst are 1 and 0")
     one = args.iterations == 1 or not args.responses
     require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
-    trained = args.k if args.pairs == "all" else 2  # responses per prompt
-    run, plan = open_run(args, "sppo", trained)
+    trained = args.k if args.pairs == "all" else 2  # responses per prompt, all in a row behind it
+    run, plan = check_run(args, "sppo", trained)
     prompts = load_prompts(args.prompts, args.limit, args.seed)
-    policy, tokenizer, asked = prepare(args, plan)
+    given = load_responses(args.responses, args.k) if args.responses else None
+    policy, tokenizer, eval_prompts = prepare(args, plan)
     prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, asked)
-    given = None
-    if args.responses:
-        parts[0], given = given_responses(policy, tokenizer, parts[0], args)
+    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, eval_prompts)
+    if given:
+        parts[0], given = given_responses(policy, tokenizer, parts[0], given, args)
     print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
     sampled = 0 if args.responses else args.k
-    show_costs(policy, parts[0], held_out, asked, args, trained=trained, ranked=args.k, sampled=sampled)
+    show_costs(
+        policy, parts[0], held_out, eval_prompts, args, row=trained, trained=trained, ranked=args.k, sampled=sampled
+    )
     if args.dry_run:
         return []
     start_run(run, args, "sppo", policy)
-    answers, previous, table = [], args.model, []
-    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
+    answers, table = [], []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, run / "iter_0", args)[0], args)
 
     for iteration, prompts in enumerate(parts, 1):  # Alg. 1, line 2
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         # Alg. 1, line 3: K responses per prompt from pi_t
         seed = f"{args.seed} sample {iteration}"
-        responses = sampling_stage(policy, tokenizer, prompts, args.k, seed, folder, args, given)
+        responses = sampling_stage(policy, tokenizer, prompts, seed, folder, args, given)
         # Alg. 1, line 4: P(y_k > y_k') for all k, k'; its mean over k' is line 5's win rate against pi_t
         prefs = judging_stage(prompts, responses, folder, args)  # (B, K, K)
-        attach("win_rate", [y for row in responses for y in row], win_rates(prefs).flatten())
-        # Alg. 1, line 5: the responses to train on, with the log-probs of pi_t, taken before the first update
+        # Alg. 1, line 5: the responses to train on
         pairs = make_pairs(prompts, responses, prefs, args)
         if not pairs:
-            cut = sum(not y["finished"] for row in responses for y in row) / prefs[:, 0].numel()
+            cut = sum(not y["finished"] for row in responses for y in row) / (len(prompts) * args.k)
             nothing = f"iteration {iteration}: no response is preferred to another, and {cut:.0%} are unfinished"
             require(iteration > 1, f"{nothing}; see {folder}, and try a higher --max_new_tokens, --k or --temperature")
             print(nothing)
             break
-        pairs = reference_stage(policy, pairs, folder, args)
+        pairs = reference_stage(policy, pairs, folder, args)  # with log pi_t, before the first update
         # Alg. 1, line 6: eq. 4.7
         seed = f"{args.seed} shuffle {iteration}"
         steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
 
-        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
+        metrics, iterate_prefs = evaluate(policy, tokenizer, held_out, answers, folder, args)
         metrics |= {**late_means(steps), "pairs": len(pairs), "seconds": time.perf_counter() - start}
         metrics["loss_over_eta2"] = metrics.pop("loss") / args.eta**2
-        previous = str(folder / "policy")
         best = record(run, table, metrics, args, steps, (pairs[0], pairs[-1]))
 
     del policy  # the best one takes its place
-    close_run(run, table, best, against, held_out, asked, answers, args)
+    close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args)
     return table
 
 

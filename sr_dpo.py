@@ -1,10 +1,11 @@
 """Sr-DPO and Sr-IPO, self-refined DPO and IPO: the policy itself, behind a prompt p, says how far apart a pair is.
 
 Yu et al. 2024, arXiv 2405.21040. DPO and IPO learn from offline pairs (x, y+, y-) and a fixed reference; they treat all
-pairs alike. Here lam * Delta is taken off a pair's margin, so that it has to be moved farther. Delta (eq. 12) is beta
-times the margin over the reference that the policy gives the pair behind p + x: a prompt p that asks for the best of
-answers, put in front of the query. Sr-DPO is eq. 13 and Algorithm 1, Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and
-IPO exactly. At lam of 1 and more, targets may run away from the policy.
+pairs alike. Here lam * Delta is taken off a pair's margin (off beta times it, in Sr-DPO), so that it has to be moved
+farther where Delta > 0. Delta (eq. 12) is beta times the margin over the reference that the policy gives the pair
+behind p + x: a prompt p that asks for the best of answers, put in front of the query. Sr-DPO is eq. 13 and Algorithm 1,
+Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly. At lam of 1 and more, targets may run away from the
+policy.
 
     python sr_dpo.py                     the built-in task, half a minute on two CPU cores (README.md)
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
@@ -43,6 +44,7 @@ from common import (
     attach,
     attach_ref_logps,
     check_args,
+    check_run,
     cli,
     close_run,
     correlations,
@@ -55,7 +57,6 @@ from common import (
     load_pairs,
     micro_batches,
     number,
-    open_run,
     prepare,
     record,
     reference_stage,
@@ -92,15 +93,15 @@ class Args(RunArgs):
     )
     pairs: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     judge: str = HfArg(
-        default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or your own; '': none."
+        default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES; '': none."
     )
     limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
     n_eval: int = HfArg(default=512, help="Held-out prompts, one pair of each, for evaluation: at most a quarter.")
     max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
     # algorithm
     loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
-    beta: float = HfArg(default=1.0, help="Regularisation of sr_dpo: the higher, the closer to the reference.")
-    beta_ipo: float = HfArg(default=0.05, help="The same of sr_ipo, which aims at a margin of 1 / (2 beta).")
+    beta: float = HfArg(default=1.0, help="Regularisation of --loss sr_dpo: the higher, the closer to the reference.")
+    beta_ipo: float = HfArg(default=0.05, help="The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).")
     lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO, on the same pairs.")
     refine_prompt: str = HfArg(default="tiny", help="p: usefulness, expert, short, tiny, or a text of your own.")
     online: bool = HfArg(default=False, help="Sample pairs from the policy and judge them, instead of those given.")
@@ -136,15 +137,9 @@ HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is super
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
 RECIPES = {"tiny-p": {}, "tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "other": ULTRA}
 
-MEASURES = [
-    "exact_match",
-    "greedy_exact_match",
-    "win_rate_vs_start",
-    "accuracy",
-    "accuracy_p",
-    "marginal",
-]  # of --compare
-MEASURES += ["pearson", "spearman", "kendall", "kl", "length", "train_seconds"]
+# Of --compare.
+MEASURES = ["exact_match", "greedy_exact_match", "win_rate_vs_start", "accuracy", "accuracy_p", "marginal", "pearson"]
+MEASURES += ["spearman", "kendall", "kl", "length", "train_seconds"]
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -250,8 +245,8 @@ def make_pairs(policy, tokenizer, pairs, args):
 
 
 def online_pairs(policy, tokenizer, prompts, iteration, folder, args):
-    """Of K samples to each prompt the best and the worst by their mean preference over the others."""
-    samples = sampling_stage(policy, tokenizer, prompts, args.k, f"{args.seed} sample {iteration}", folder, args)
+    """Of K samples to each prompt the best and the worst by their mean preference over all K; [] if nothing differs."""
+    samples = sampling_stage(policy, tokenizer, prompts, f"{args.seed} sample {iteration}", folder, args)
     win_rate = judging_stage(prompts, samples, folder, args).mean(-1)  # (B, K)
     attach("win_rate", [y for row in samples for y in row], win_rate.flatten())
     pairs = []
@@ -260,7 +255,6 @@ def online_pairs(policy, tokenizer, prompts, iteration, folder, args):
         if row[0]["win_rate"] > row[-1]["win_rate"] and row[0]["ids"] != row[-1]["ids"]:
             known = {name: value for name, value in prompt.items() if name != "gap"}  # that of other responses
             pairs.append({**known, "responses": [row[0], row[-1]]})
-    require(pairs, f"--online: no response is preferred to another in iteration {iteration}; try a higher --k")
     return pairs
 
 
@@ -312,11 +306,11 @@ def measure(policy, pairs, folder, args):
         return [{"margin": x, "margin_p": p_x} for x, p_x in zip(*columns, strict=True)]
 
     rows, figures = stage(folder / "margins.jsonl", pairs, margins), {}
+    gaps = [pair.get("gap", math.nan) for pair in pairs]
     for suffix in ("", "_p"):
         margin = torch.tensor([row[f"margin{suffix}"] for row in rows])
         figures[f"marginal{suffix}"] = margin.mean().item()
         figures[f"accuracy{suffix}"] = (margin > 0).float().mean().item()
-        gaps = [pair.get("gap", math.nan) for pair in pairs]
         if not suffix and len(set(gaps)) > 1 and all(map(math.isfinite, gaps)) and margin.std() > 0:
             figures |= correlations(margin, torch.tensor(gaps))
     return figures
@@ -354,31 +348,39 @@ def compare(args):
 
 
 def main(args):
-    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first. Raises InputError if it cannot."""
+    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first, of --compare those of each method.
+
+    Raises InputError when it cannot go on.
+    """
     if args.compare:
         return compare(args)
     require(args.online or args.iterations == 1, "--iterations: there is one, unless --online samples pairs for more")
     judged = args.judge or not (args.online or args.best_of)
     require(judged, "--online, --best_of: they take a --judge")
-    run, plan = open_run(args, "sr_dpo", 2)  # a row to train on has a prompt and two responses
+    run, plan = check_run(args, "sr_dpo", 2)  # a row to train on has a prompt and two responses
     pairs = load_pairs(args.pairs, args.limit, args.seed)
-    policy, tokenizer, asked = prepare(args, plan)
-    parts, held_out = split_pairs(make_pairs(policy, tokenizer, pairs, args), args, asked)
+    policy, tokenizer, eval_prompts = prepare(args, plan)
+    parts, held_out = split_pairs(make_pairs(policy, tokenizer, pairs, args), args, eval_prompts)
     print(f"{args.iterations} iteration(s) x {len(parts[0])} pairs; {len(held_out)} held out")
     sampled = args.k if args.online else 0
-    show_costs(policy, parts[0], held_out, asked, args, trained=2, ranked=sampled, sampled=sampled)
+    show_costs(policy, parts[0], held_out, eval_prompts, args, row=2, trained=2, ranked=sampled, sampled=sampled)
     if args.dry_run:
         return []
     start_run(run, args, "sr_dpo", policy)
     for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
         attach_ref_logps(policy, held_out, args, name, prompt_ids)
-    answers, previous, table = [], args.model, []
-    record(run, table, evaluate(policy, tokenizer, held_out, answers, previous, run / "iter_0", args)[0], args)
+    answers, table = [], []
+    record(run, table, evaluate(policy, tokenizer, held_out, answers, run / "iter_0", args)[0], args)
 
     for iteration, pairs in enumerate(parts, 1):
         start, folder = time.perf_counter(), run / f"iter_{iteration}"
         if args.online:
             pairs = online_pairs(policy, tokenizer, pairs, iteration, folder, args)
+        if not pairs:
+            nothing = f"--online: no response is preferred to another in iteration {iteration}"
+            require(iteration > 1, f"{nothing}; try a higher --k or --temperature")
+            print(nothing)
+            break
         # log pi_ref of x and of p + x, once, before the first update
         pairs = reference_stage(policy, pairs, folder, args, REFERENCES)
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
@@ -386,15 +388,14 @@ def main(args):
         steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
         train_seconds = time.perf_counter() - begun
 
-        metrics, against = evaluate(policy, tokenizer, held_out, answers, previous, folder, args)
+        metrics, iterate_prefs = evaluate(policy, tokenizer, held_out, answers, folder, args)
         metrics |= measure(policy, held_out, folder, args)
         metrics |= {**late_means(steps), "pairs": len(pairs)}
         metrics |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - start}
-        previous = str(folder / "policy")
         best = record(run, table, metrics, args, steps)
 
     del policy  # the best one takes its place
-    close_run(run, table, best, against, held_out, asked, answers, args)
+    close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args)
     return table
 
 

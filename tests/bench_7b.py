@@ -9,7 +9,6 @@ weights and of the keys and values that a step reads, over its time. Training: a
 pairs of 256 prompt and 2 x 400 response tokens, the second of two; TFLOP/s counts 6 x parameters x tokens of both rows.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -20,30 +19,35 @@ from transformers import MistralConfig, MistralForCausalLM, get_constant_schedul
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
+from measure import make_parser, record, synchronize
 
 
 def timed(function, device):
     """(result, seconds)."""
     start = time.perf_counter()
     result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return result, time.perf_counter() - start
 
 
 def peak(device):
-    return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device == "cuda" else "not measured on a CPU"
+    """GB, on CUDA."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+
+
+def in_words(gb):
+    return f"{gb:.1f} GB" if gb else "not measured on a CPU"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=32)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     config = MistralConfig(
         vocab_size=32000,
         hidden_size=args.hidden,
@@ -57,8 +61,9 @@ def main():
     with torch.device(device):
         policy = MistralForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    n, where = policy.num_parameters(), torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{where}; bf16; {n / 1e9:.2f} G parameters; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    n, machine = policy.num_parameters(), torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    where = f"{machine}; bf16; {n / 1e9:.2f} G parameters; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
+    print(where)
 
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(32000, (max(1, args.slots // 5), 256), generator=random).tolist()
@@ -68,8 +73,9 @@ def main():
     tokens = sum(len(r.ids) for row in rows for r in row)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     read = 2 * n + len(prompts) * 5 * kv * (256 + args.new_tokens / 2)
-    speed = read * args.new_tokens / seconds / 1e9
-    print(f"sampling   {tokens / seconds:,.0f} tokens/s, {speed:,.0f} GB/s of weights, keys and values; {peak(device)}")
+    speed, gb = read * args.new_tokens / seconds / 1e9, peak(device)
+    print(f"sampling   {tokens / seconds:,.0f} tokens/s, {speed:,.0f} GB/s of weights, keys and values; {in_words(gb)}")
+    sampling = {"tokens/s": tokens / seconds, "GB/s": speed, "peak GB": gb}
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -89,8 +95,12 @@ def main():
     policy._shares_prompts = False
     _, apart = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
     flops = 6 * n * sum(len(x) + len(y["ids"]) for x, y in rows) / seconds / 1e12
-    print(f"training   {args.pairs / seconds:.3g} pairs/s, {flops:,.1f} TFLOP/s; {peak(device)}")
+    gb = peak(device)
+    print(f"training   {args.pairs / seconds:.3g} pairs/s, {flops:,.1f} TFLOP/s; {in_words(gb)}")
     print(f"           {args.pairs / apart:.3g} pairs/s with the prompt in a row for each response")
+    training = {"pairs/s": args.pairs / seconds, "TFLOP/s": flops, "peak GB": gb}
+    training["pairs/s, plain rows"] = args.pairs / apart
+    record(args, where, sampling=sampling, training=training)
 
 
 if __name__ == "__main__":

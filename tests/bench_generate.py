@@ -30,7 +30,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from measure import header, make_parser, reason
+from measure import header, make_parser, reason, record
 
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # a missing response is noticed below
 K, GROUP, PAGE = 5, 8, 32  # responses per prompt; prompts in a batch of generate; tokens in a page of generate_batch
@@ -103,7 +103,7 @@ CONTESTANTS = {"ours": ours, "transformers generate": hf_generate, "transformers
 
 
 def race(policy, count, prompts, longest, eos_ids, repeats):
-    """All contestants on the same prompts, `repeats` rounds; prints a table."""
+    """All contestants on the same prompts, `repeats` rounds; prints a table and returns it."""
     speeds, occupancy, failed, lengths = {name: [] for name in CONTESTANTS}, {}, {}, []
     for turn in range(repeats + 1):
         few = prompts if turn else prompts[:GROUP]  # the first round warms up and is not timed
@@ -118,15 +118,22 @@ def race(policy, count, prompts, longest, eos_ids, repeats):
                 speeds[name].append(tokens / (time.perf_counter() - start))
                 decoded = tokens - K * len(few)
                 # generate_batch packs all rows in one; a replayed CUDA graph passes by the hook
-                occupancy[name] = f"{decoded / count.rows:.2f}" if count.rows >= decoded else "-"
+                occupancy[name] = decoded / count.rows if count.rows >= decoded else None
     policy.destroy_cached_continuous_batching_manager()
     flat = [length for row in lengths for length in row]
     print(f"\nlengths: mean {sum(flat) / len(flat):.1f}, longest {max(flat)}")
     print(f"{'':<30}{'tokens/s':>10}{'ours / theirs':>16}{'occupancy':>12}")
+    table = {}
     for name, speed in speeds.items():
-        ratio = [mine / theirs for mine, theirs in zip(speeds["ours"], speed, strict=False)]
-        figures = failed.get(name) or f"{median(speed):>9,.0f}{median(ratio):>16.2f}{occupancy[name]:>12}"
+        if name in failed:
+            table[name], figures = {"reason": failed[name]}, failed[name]
+        else:
+            ratio = median(mine / theirs for mine, theirs in zip(speeds["ours"], speed, strict=False))
+            share = "-" if occupancy[name] is None else f"{occupancy[name]:.2f}"
+            table[name] = {"tokens/s": median(speed), "ours / theirs": ratio, "occupancy": occupancy[name]}
+            figures = f"{median(speed):>9,.0f}{ratio:>16.2f}{share:>12}"
         print(f"{name:<30}", figures)
+    return table
 
 
 def main():
@@ -146,13 +153,15 @@ def main():
     policy = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
     rng = random.Random(0)
     prompts = [[rng.randrange(vocab) for _ in range(rng.randint(16, 64))] for _ in range(args.prompts)]
-    print(header(args, "torch", "transformers"))
+    where = header(args, "torch", "transformers")
+    print(where)
     print(f"Llama of {policy.num_parameters() / 1e6:.1f} M: hidden {hidden}, {layers} layers, vocabulary {vocab}")
     print(f"{args.prompts} prompts x {K} responses, {GROUP * K} rows at a time")
     common.fits_slots(policy)  # its answer is kept, so that the hook does not see its trial
     count = Count(policy)
-    race(policy, count, prompts, args.longest, list(range(vocab // args.mean)), args.repeats)
-    race(policy, count, prompts, args.mean, None, args.repeats)
+    spread = race(policy, count, prompts, args.longest, list(range(vocab // args.mean)), args.repeats)
+    equal = race(policy, count, prompts, args.mean, None, args.repeats)
+    record(args, where, spread=spread, equal=equal)
 
 
 if __name__ == "__main__":

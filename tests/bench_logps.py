@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from measure import header, make_parser, memory_in_a_child, peak_memory, reason, synchronize
+from measure import header, make_parser, memory_in_a_child, peak_memory, reason, record, synchronize
 
 KEEP = common.KEEP  # contestants set it
 
@@ -136,14 +136,22 @@ def print_time(args):
                 ratios[name].append(took / bare[-1])
     print(f"\nN {n}, D {d}, V {v}: three products in {1e3 * median(bare[1:]):.1f} ms")
     print(f"{'forward and backward':<38}{'time / three products':>22}{'error, nats':>14}")
+    table = {}
     for name in CONTESTANTS:
-        print(f"{name:<38}", failed.get(name) or f"{median(ratios[name]):>21.2f}{errors[name]:>14.1e}")
+        if name in failed:
+            table[name], figures = {"reason": failed[name]}, failed[name]
+        else:
+            ratio, error = median(ratios[name]), errors[name]
+            table[name] = {"time / three products": ratio, "error, nats": error}
+            figures = f"{ratio:>21.2f}{error:>14.1e}"
+        print(f"{name:<38}", figures)
+    return table
 
 
 def print_memory(args):
     n, d, v = args.memory_sizes
     given = inputs(n, d, v, args)
-    gradients, extra = sum(x.numel() * x.itemsize for x in given[:2]), {}
+    gradients, extra, table = sum(x.numel() * x.itemsize for x in given[:2]), {}, {}
     kept = "kept" if n * v * given[1].itemsize <= KEEP else "recomputed"
     print(f"\nN {n}, D {d}, V {v}: by default the slopes are {kept}")
     print(f"{'extra memory':<38}{'peak / naive':>22}{'MiB':>14}")
@@ -151,10 +159,14 @@ def print_memory(args):
         try:
             forward_backward(name, *inputs(8, d, 64, args))  # loads libraries
             extra[name] = peak_memory(args.device, forward_backward, name, *given) - gradients
-            figures = f"{extra[name] / extra['naive log_softmax']:>21.3f}{extra[name] / 2**20:>14.0f}"
+            ratio, mib = extra[name] / extra["naive log_softmax"], extra[name] / 2**20
+            table[name] = {"peak / naive": ratio, "MiB": mib}
+            figures = f"{ratio:>21.3f}{mib:>14.0f}"
         except Exception as error:
             figures = reason(error)
+            table[name] = {"reason": figures}
         print(f"{name:<38}", figures)
+    return table
 
 
 def main():
@@ -169,9 +181,10 @@ def main():
     args.sizes = args.sizes or ([8192, 4096, 131072] if cuda else [384, 512, 16384])
     args.memory_sizes = args.memory_sizes or ([8192, 4096, 131072] if cuda else [2048, 256, 131072])
     if args.memory_only:
-        return print_memory(args)
-    print(header(args, "torch", "transformers", "liger_kernel", "trl"))
-    print_time(args)
+        return record(args, memory=print_memory(args))
+    where = header(args, "torch", "transformers", "liger_kernel", "trl")
+    print(where)
+    record(args, where, time=print_time(args))
     memory_in_a_child()
 
 

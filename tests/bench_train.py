@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
 import sr_dpo
-from measure import header, make_parser, memory_in_a_child, peak_memory, reason, synchronize
+from measure import header, make_parser, memory_in_a_child, peak_memory, reason, record, synchronize
 
 ETA = 10.0
 P = 40  # tokens of sr_dpo.py's p
@@ -171,17 +171,20 @@ def count(tokens, name, body, args, kwargs):
 def print_memory(args):
     policy, pairs = inputs(args)
     print(f"\n{'memory of a step':<24}{'MiB':>15}{'by ours':>15}")
-    ours = None
+    ours, table = None, {}
     for name, build in CONTESTANTS.items():
         try:
             step = build(copy.deepcopy(policy), pairs, args)
             step()  # loads libraries, makes the optimiser's state
             peak = peak_memory(args.device, step)
             ours = peak if name == "ours, prompt once" else ours
+            table[name] = {"MiB": peak / 2**20, "by ours": peak / ours if ours else None}
             figures = f"{peak / 2**20:>14,.0f}" + (f"{peak / ours:>15.2f}" if ours else "")
         except Exception as error:
             figures = reason(error)
+            table[name] = {"reason": figures}
         print(f"{name:<24}", figures)
+    return table
 
 
 def print_time(args):
@@ -210,18 +213,23 @@ def print_time(args):
                 seconds[name].append(time.perf_counter() - start)
             else:
                 first[name] = (norm, tokens[name])
-    columns = ["pairs/s", "time / bare", "time / ours", "time / DPO", "tokens / bare", "gradient norm"]
-    print(f"{'':<24}", *(f"{column:>15}" for column in columns), sep="")
+    others = {"time / bare": "bare", "time / ours": "ours, prompt once", "time / DPO": "DPO of sr_dpo.py"}
+    table = {}
+    print(f"{'':<24}", *(f"{column:>15}" for column in ["pairs/s", *others, "tokens / bare", "gradient norm"]), sep="")
     for name, took in seconds.items():
         if name in failed:
+            table[name] = {"reason": failed[name]}
             print(f"{name:<24} {failed[name]}")
             continue
-        figures = [f"{len(pairs) / median(took):.2f}"]
-        for other in ("bare", "ours, prompt once", "DPO of sr_dpo.py"):
-            figures.append(f"{median(x / y for x, y in zip(took, seconds[other], strict=True)):.2f}")
+        table[name] = {"pairs/s": len(pairs) / median(took)}
+        for column, other in others.items():
+            table[name][column] = median(x / y for x, y in zip(took, seconds[other], strict=True))
         norm, computed = first[name]
-        figures += [f"{computed / first['bare'][1]:.2f}", f"{norm:.3f}" if norm else ""]
-        print(f"{name:<24}", *(f"{figure:>15}" for figure in figures), sep="")
+        table[name]["tokens / bare"] = computed / first["bare"][1]
+        cells = [f"{figure:>15.2f}" for figure in table[name].values()]
+        table[name]["gradient norm"] = norm
+        print(f"{name:<24}", *cells, f"{norm:>15.3f}" if norm else "", sep="")
+    return table
 
 
 def main():
@@ -238,9 +246,10 @@ def main():
     args.micro_tokens = args.micro_tokens or (8192 if cuda else 2048)
     args.trl_pairs = args.trl_pairs or (8 if cuda else 4)
     if args.memory_only:
-        return print_memory(args)
-    print(header(args, "torch", "transformers", "trl"))
-    print_time(args)
+        return record(args, memory=print_memory(args))
+    where = header(args, "torch", "transformers", "trl")
+    print(where)
+    record(args, where, time=print_time(args))
     memory_in_a_child()
 
 

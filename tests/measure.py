@@ -1,8 +1,10 @@
-"""What the benches share: where they ran, why a row has no figures, and the peak memory of a call."""
+"""What the benches share: where they ran, why a row has no figures, the peak memory of a call, and the record."""
 
 import argparse
+import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -13,13 +15,17 @@ from pathlib import Path
 import torch
 
 OPTIONAL = ("trl", "liger_kernel", "datasets")
+RESULTS = Path(__file__).resolve().parent / "claims" / "results"
 
 
-def make_parser(description, repeats):
-    """A command line with the flags of every bench."""
+def make_parser(description, repeats=0):
+    """A command line with the flags of every bench; those without rounds have no --repeats."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    found.add_argument("--repeats", type=int, default=repeats, help="rounds in which the contestants take turns")
+    text = "write tests/claims/results/NAME.json, or to another folder"
+    found.add_argument("--record", nargs="?", const=RESULTS, type=Path, metavar="FOLDER", help=text)
+    if repeats:
+        found.add_argument("--repeats", type=int, default=repeats, help="rounds in which the contestants take turns")
     return found
 
 
@@ -70,3 +76,43 @@ def memory_in_a_child():
     sys.stdout.flush()
     environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
+
+
+def cpu():
+    """The name of the processor, where Linux tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def rounded(value):
+    """The same, with the floats in it cut to four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def write(name, result, folder=RESULTS):
+    """FOLDER/NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rounded(result), indent=1, ensure_ascii=False)
+    (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def record(args, where=None, **tables):
+    """With --record, write tables {contestant: its figures, or {"reason": why it has none}} to FOLDER/NAME.json.
+
+    A child of memory_in_a_child, which has no `where`, adds them to what its parent has just written.
+    """
+    if not args.record:
+        return
+    script = Path(sys.argv[0])
+    name = script.stem + ("_cuda" if args.device == "cuda" else "")
+    if where:
+        command = shlex.join(["python", f"tests/{script.name}", *sys.argv[1:]])
+        found = {"command": command, "where": where, "cpu": cpu()}
+    else:
+        found = json.loads((args.record / f"{name}.json").read_text(encoding="utf-8"))
+    write(name, {**found, **tables}, args.record)

@@ -6,11 +6,13 @@ Any file that `sr_dpo.py --pairs` reads will do; the README's figures are of Ant
 Per seed a Llama of 3 M parameters and a BPE of 4,096 tokens learn the pairs that are not held out: both answers to a
 prompt, and behind p (REFINE_PROMPTS["short"]) the chosen one, so that p means something to it, as it does to a model
 that has been told to follow instructions. This start is then trained by sr_dpo.py with --lam 0 and with --lam; held-out
-pairs are the same for both. It prints mean and standard deviation over seeds.
+pairs are the same for both. It prints mean and standard deviation over seeds, and writes each seed's figures to
+tests/claims/results/real_text.json.
 """
 
 import argparse
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sr_dpo
+from measure import cpu, write
 
 TEMPLATE = (
     "<s>{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}{{ m['content'] }}"
@@ -107,10 +110,20 @@ def main():
     plain, refined = zip(*starts, strict=True)
     print(f"\nnats per token of held-out chosen answers: {mean(plain):.3f} behind x, {mean(refined):.3f} behind p + x")
     print(f"{'':<22}" + "".join(f"{method:>20}" for method in tables))
-    for name in [name for name in sr_dpo.MEASURES if name in tables["DPO"][0]]:
-        columns = [[row[name] for row in rows] for rows in tables.values()]
+    measures = [name for name in sr_dpo.MEASURES if name in tables["DPO"][0]]
+    figures = {method: {name: [row[name] for row in rows] for name in measures} for method, rows in tables.items()}
+    for name in measures:
+        columns = [values[name] for values in figures.values()]
         cells = [f"{mean(v):.3g} ± {stdev(v):.2g}" if len(v) > 1 else f"{mean(v):.3g}" for v in columns]
-        print(f"{sr_dpo.COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{common.COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    words = [Path(word).name if word == args.pairs else word for word in sys.argv[1:]]  # no path of this machine
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    result = {"command": shlex.join(["python", "tests/real_text.py", *words])}
+    result |= {"where": f"{cpu()}, {torch.get_num_threads()} threads; {versions}", "date": time.strftime("%Y-%m-%d")}
+    result |= {"seeds": args.seeds, "parameters": policy.num_parameters()}
+    result |= {"pairs": len(parts[0]), "held out": len(held_out), "figures": figures}
+    result["start, nats per token"] = {"behind x": list(plain), "behind p + x": list(refined)}
+    write("real_text", result)
 
 
 if __name__ == "__main__":

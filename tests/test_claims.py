@@ -1,6 +1,7 @@
-"""The games that the papers' claims are tried on, the claims themselves with few seeds and rounds, and the pictures."""
+"""The games of the papers' claims, the claims themselves with few seeds and rounds, verdicts, and the pictures."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(CLAIMS))
 
 import games  # noqa: E402
 import tabular  # noqa: E402
+import tiny  # noqa: E402
 from games import BIASED, CONDORCET, NASH, ORDERED, gap, preference, tensor  # noqa: E402
 
 from common import pairwise_prefs  # noqa: E402
@@ -130,7 +132,140 @@ def test_verdicts():
     assert (verdict(True, True), verdict(True, False), verdict(False)) == ("holds", "holds in part", "does not hold")
 
 
+# Over three seeds A - B is 2, 3, 4: mean 3, standard deviation 1; t of two degrees of freedom is 4.303.
+FIGURES = {"A": {"m": [3.0, 5.0, 7.0]}, "B": {"m": [1.0, 2.0, 3.0]}}
+HALF = 4.303 / math.sqrt(3)  # 2.48
+
+
+@pytest.mark.parametrize(
+    ("least", "verdict"),
+    [(0.5, "holds"), (0.52, "within the spread"), (3.0, "within the spread"), (5.5, "does not hold")],
+)
+def test_a_difference_is_compared_by_its_interval(least, verdict):
+    found = tiny.compare(tiny.Comparison("A above B", "m", ("A",), ("B",), least), FIGURES)
+    assert found["difference"] == 3 and found["verdict"] == verdict
+    assert (found["low"], found["high"]) == pytest.approx((3 - HALF, 3 + HALF))  # 0.516 and 5.48
+    assert (found["text"], found["least"]) == ("A above B", least)
+
+
+def test_the_difference_is_taken_seed_by_seed():
+    """B may spread as it likes where A spreads with it; means over the seeds would be within the spread."""
+    figures = {"A": {"m": [1.1, 2.1, 9.2]}, "B": {"m": [1.0, 2.0, 9.0]}}
+    found = tiny.compare(tiny.Comparison("", "m", ("A",), ("B",), -0.05), figures)
+    assert found["verdict"] == "holds"
+
+
+def test_variants_are_averaged_and_numbers_stand_for_themselves():
+    found = tiny.compare(tiny.Comparison("", "m", ("A", "B"), (0.5,)), FIGURES)  # 2, 3.5, 5 less 0.5
+    assert found["difference"] == 3
+    assert found["high"] - 3 == pytest.approx(1.5 * HALF)
+    other_way = tiny.compare(tiny.Comparison("", "m", (0.5,), ("A", "B")), FIGURES)
+    assert (other_way["difference"], other_way["low"]) == pytest.approx((-3, -found["high"]))
+
+
+def test_no_worse_is_to_the_slack():
+    figures = {"A": {tiny.WINS: [0.79, 0.78, 0.8]}, "B": {tiny.WINS: [0.8, 0.79, 0.81]}}  # -0.01 in each seed
+    assert tiny.compare(tiny.no_worse("A", "B"), figures)["verdict"] == "holds"
+    assert tiny.compare(tiny.better("A", "B"), figures)["verdict"] == "does not hold"
+
+
+def test_the_worst_comparison_decides():
+    def overall(*verdicts):
+        return tiny.overall([{"verdict": verdict} for verdict in verdicts])
+
+    holds, spread, fails = tiny.VERDICTS
+    assert (holds, spread, fails) == ("holds", "within the spread", "does not hold")
+    assert (overall(holds, holds), overall(holds, spread), overall(spread, fails, holds)) == (holds, spread, fails)
+    assert overall() == "no claim"
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_a_claim_is_tried_and_recorded(claimed, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def run(script, settings, seed):
+        made.append((script, settings, seed))
+        return tiny.Run(tmp_path, [{"m": 0.0}, {"m": settings.get("bonus", 0.0) + seed / 7}])
+
+    variants = {"A": ("sppo", {"bonus": 2.0}), "B": ("dno", {})}
+    comparisons = [tiny.Comparison("A above B", "m", ("A",), ("B",))] if claimed else []
+    claim = tiny.Claim("A is better", "a paper", variants, {"m": tiny.last("m")}, comparisons, "As said.")
+    monkeypatch.setattr(tiny, "run", run)
+    monkeypatch.setattr(tiny, "RESULTS", tmp_path)
+    monkeypatch.setitem(tiny.CLAIMS, "fake", claim)
+    tiny.try_claim("fake", 3)
+    assert made == [(*variant, seed) for variant in variants.values() for seed in (1, 2, 3)]
+    found = json.loads((tmp_path / "fake.json").read_text())
+    assert found["command"] == "python tests/claims/tiny.py fake --seeds 3" and found["seeds"] == 3
+    assert found["variants"] == {"A": "python sppo.py --bonus 2.0", "B": "python dno.py"}
+    assert found["figures"] == {"A": {"m": [2.1429, 2.2857, 2.4286]}, "B": {"m": [0.14286, 0.28571, 0.42857]}}
+    verdict = "holds" if claimed else "no claim"
+    assert found["verdict"] == verdict and f"{verdict}. As said." in capsys.readouterr().out
+    assert [one["difference"] for one in found["comparisons"]] == ([2.0] if claimed else [])
+
+
+def test_every_comparison_is_of_figures_that_there_are():
+    for name, claim in tiny.CLAIMS.items():
+        known = [*claim.variants, *(["Sr-DPO / DPO"] if name == "sr_cost" else [])]
+        for one in claim.comparisons:
+            assert one.measure in [*claim.measures, "ratio"], (name, one)
+            assert all(label in known or isinstance(label, float) for label in one.more + one.less), (name, one)
+        for script, settings in claim.variants.values():
+            tiny.SCRIPTS[script].Args(**settings)  # raises at a flag that is none
+
+
 # Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def write_benches(folder):
+    """Records of the benches, of which Liger was not installed."""
+    missing = {"reason": "not installed"}
+    logps = {
+        "time": {
+            "naive log_softmax": {"time / three products": 1.25},
+            "ours, slopes kept": {"time / three products": 1.0},
+            "ours, recomputed": {"time / three products": 7.0},
+            "Liger, from its GRPO loss": missing,
+            "TRL, fused head": {"time / three products": 2.5},
+        },
+        "memory": {
+            "naive log_softmax": {"MiB": 1000.0},
+            "ours, slopes kept": {"MiB": 7.0},
+            "ours, recomputed": {"MiB": 100.0},
+            "Liger, from its GRPO loss": missing,
+            "TRL, fused head": {"MiB": 800.0},
+        },
+    }
+    speeds = {"ours": 1.0, "transformers generate": 4.0, "transformers generate_batch": 2.0}
+    steps = {  # time by ours, time by DPO, MiB
+        "ours, prompt once": (1.0, 0.9, 10.0),
+        "DPO of sr_dpo.py": (1.1, 1.0, 8.0),
+        "Sr-DPO of sr_dpo.py": (1.4, 1.3, 12.0),
+        "TRL, all pairs at once": (4.0, 3.9, 160.0),
+        "TRL, a few, by length": (2.5, 2.4, 40.0),
+    }
+    train = {
+        "time": {name: {"time / ours": ours, "time / DPO": dpo} for name, (ours, dpo, _) in steps.items()},
+        "memory": {name: {"MiB": mib} for name, (*_, mib) in steps.items()},
+    }
+    generate = {"spread": {name: {"ours / theirs": ratio} for name, ratio in speeds.items()}}
+    for name, data in {"logps": logps, "generate": generate, "train": train}.items():
+        (folder / f"bench_{name}.json").write_text(json.dumps(data))
+
+
+def test_the_bars_are_the_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    import pictures
+
+    write_benches(tmp_path)
+    assert [tuple(row.values()) for row in pictures.bench_rows(tmp_path)] == [
+        ("token_logps", "naive log_softmax", 0.8, 0.1),
+        ("token_logps", "TRL", 0.4, 0.125),
+        ("generate, lengths spread", "transformers' generate", 0.25, None),
+        ("generate, lengths spread", "generate_batch", 0.5, None),
+        ("an SPPO step", "TRL's DPOTrainer at its best", 0.4, 0.25),
+        ("an Sr-DPO step", "a DPO step", 1.3, 1.5),
+    ]
 
 
 def test_pictures(tmp_path, capsys, monkeypatch):
@@ -145,12 +280,11 @@ def test_pictures(tmp_path, capsys, monkeypatch):
     curves = {"SPPO, eta / 2": curve, "exact DNO": curve, "DPO": {"last": [[0.1, 0.1]] * 3}}
     rows = [{"iteration": i, "exact_match": 0.2 * i, "greedy_exact_match": 0.9} for i in range(3)]
     steps = {name: {"1": [[0.1, -0.1]] * 9, "2": [[0.2, -0.2]] * 8} for name in ("SPPO", "DNO", "DPO")}
-    bench = {"what": "this", "against": "that", "time": 0.5, "memory": None}
+    write_benches(tmp_path)
     for name, data in {
         "average_iterate": {"rounds": [10, 30, 100], "curves": curves},
         "default": {"runs": {name: {"1": rows, "2": rows} for name in ("sppo", "dno", "sr_dpo")}},
         "log_ratios": {"steps": steps},
-        "benches": {"rows": [bench, bench | {"time": 1.3, "memory": 0.9}]},
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     assert pictures.main(tmp_path, tmp_path / "all") == list(pictures.PICTURED)

@@ -378,7 +378,8 @@ def test_the_favourite_of_n_is_the_judges(workdir):
     prompts = common.encode_prompts(tokenizer, common.digit_prompts(30, seed=3), 64)
     judge, args = common.DigitsJudge(), sppo.Args(best_of=6)
     start = [{"text": "", "finished": True, "repeats": False}] * 2
-    _, best, _ = common.closing_answers("tiny", prompts[:2], prompts, [start], 0, args)
+    common.save_policy(policy, tokenizer, "x/final")
+    _, best, _ = common.closing_answers(workdir / "x", prompts[:2], prompts, [start], 0, args)
     samples = common.sample_responses(policy, tokenizer, prompts, 6, "1 outputs", args)
     for prompt, row, favourite in zip(prompts, samples, best, strict=True):
         quality = judge.quality([prompt["prompt"]], [[y["text"] if y["finished"] else "" for y in row]])[0].tolist()

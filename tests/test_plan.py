@@ -35,7 +35,7 @@ def test_a_7b_full_fine_tune_fits_an_80_gb_gpu():
     n, kv, _ = footprint(known_config("mistral-7b"), torch.bfloat16)
     assert kv == 32 * 2 * 8 * 128 * 2
     args = sppo.Args(model="mistral-7b", **sppo.RECIPES["mistral-7b"])
-    plan = plan_run(args, "cuda", "rmsprop", 2, memory=80e9)
+    plan = plan_run(args, "cuda", 2, memory=80e9)
     assert plan["checkpointing"], "without it the activations alone are over 100 GB"
     training = plan["stages"]["training"]
     assert training["weights"] + training["master"] + training["gradients"] + training["moments"] == 8 * n
@@ -100,46 +100,46 @@ def test_the_flag_that_a_refusal_names_fits_and_little_more_does(flag, memory):
         args.max_new_tokens = 16  # so that training fits
         args.slots = 4096
     with pytest.raises(InputError, match=rf"it fits with --{flag} \d+$") as refused:
-        plan_run(args, "cuda", "rmsprop", 2, memory)
+        plan_run(args, "cuda", 2, memory)
     most = int(str(refused.value).split(f"--{flag} ")[1].split()[0])
     setattr(args, flag, most)
-    plan_run(args, "cuda", "rmsprop", 2, memory)
+    plan_run(args, "cuda", 2, memory)
     setattr(args, flag, int(1.2 * most))
     with pytest.raises(InputError, match=rf"it fits with --{flag} \d+$"):
-        plan_run(args, "cuda", "rmsprop", 2, memory)
+        plan_run(args, "cuda", 2, memory)
 
 
 def test_a_refusal_names_all_flags_or_none():
     """A flag that mends one stage is no help where another cannot be mended."""
     with pytest.raises(InputError, match=r"it fits with --slots \d+ --micro_tokens \d+$"):
-        plan_run(sppo.Args(**{**ARGS, "slots": 9999}, checkpointing="off"), "cuda", "rmsprop", 2, 5e9)
+        plan_run(sppo.Args(**{**ARGS, "slots": 9999}, checkpointing="off"), "cuda", 2, 5e9)
     with pytest.raises(InputError, match="more memory or a smaller --model"):
-        plan_run(sppo.Args(**{**ARGS, "slots": 9999}), "cuda", "rmsprop", 2, 1e9)
+        plan_run(sppo.Args(**{**ARGS, "slots": 9999}), "cuda", 2, 1e9)
 
 
 def test_checkpointing_comes_when_memory_requires_it():
     args = sppo.Args(**ARGS)
-    assert not plan_run(args, "cuda", "rmsprop", 2, 80e9)["checkpointing"]
-    assert plan_run(args, "cuda", "rmsprop", 2, 5e9)["checkpointing"]
+    assert not plan_run(args, "cuda", 2, 80e9)["checkpointing"]
+    assert plan_run(args, "cuda", 2, 5e9)["checkpointing"]
     with pytest.raises(InputError, match="training takes"):
-        plan_run(sppo.Args(**ARGS, checkpointing="off"), "cuda", "rmsprop", 2, 5e9)
+        plan_run(sppo.Args(**ARGS, checkpointing="off"), "cuda", 2, 5e9)
 
 
 def test_rows_too_long_for_the_memory_name_the_flag_that_shortens_them():
     args = sppo.Args(**{**ARGS, "slots": 1, "max_new_tokens": 2500}, checkpointing="off")
     with pytest.raises(InputError, match=r"lower --max_new_tokens: \d+ tokens fit"):
-        plan_run(args, "cuda", "rmsprop", 2, 5e9)
+        plan_run(args, "cuda", 2, 5e9)
 
 
 def test_too_few_positions_are_said_before_memory(workdir):
     with pytest.raises(InputError, match="has 512 positions"):
-        plan_run(sppo.Args(max_new_tokens=10**7), "cpu", "rmsprop", 2)
+        plan_run(sppo.Args(max_new_tokens=10**7), "cpu", 2)
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_start(monkeypatch):
     monkeypatch.setattr(common.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e6))
     with pytest.raises(InputError, match="the disk has"):
-        plan_run(sppo.Args(**{**ARGS, "slots": 1, "micro_tokens": 1}), "cpu", "rmsprop", 2)
+        plan_run(sppo.Args(**{**ARGS, "slots": 1, "micro_tokens": 1}), "cpu", 2)
 
 
 def test_7b_on_a_cpu_ends_with_one_line_before_anything_is_loaded(workdir, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+from statistics import mean, stdev
 
 import pytest
 from conftest import ROOT
@@ -92,7 +93,7 @@ def test_every_command_is_one_that_the_script_takes(command, capsys, tmp_path, m
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = {"--repeats", "--device", "--seeds", "--epochs", "--limit"}  # of commands in tests/
+    theirs = {"--record", "--repeats", "--device", "--seeds", "--epochs", "--limit"}  # of commands in tests/
     for flag in set(re.findall(r"(?<![\w-])--[a-z_0-9]+", TEXT)):
         assert flag in known | theirs, flag
 
@@ -123,13 +124,131 @@ def test_each_claim_has_the_verdict_that_was_recorded(row):
 
 def test_no_claim_is_passed_over():
     recorded = {file.stem for file in (ROOT / "tests" / "claims" / "results").glob("*.json")}
-    assert recorded - {row[0].strip("`") for row in CLAIMS} <= {"default", "benches"}
+    assert recorded - {row[0].strip("`") for row in CLAIMS} <= {
+        "default",
+        "compare",
+        "low_eta",
+        "real_text",
+        "bench_logps",
+        "bench_generate",
+        "bench_train",
+    }
+
+
+def record(name):
+    return json.loads((ROOT / "tests" / "claims" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def numbers(value):
+    """All numbers in a record, the mean and standard deviation of each list of them, and all of these in percent."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return [float(value)] if type(value) in (int, float) else []
+    found = [number for inner in value for number in numbers(inner)]
+    if len(value) > 1 and all(type(inner) in (int, float) for inner in value):
+        found += [mean(value), stdev(value), 100 * mean(value), 100 * stdev(value)]
+    return found
+
+
+def assert_recorded(text, value, elsewhere=()):
+    """Every decimal number in `text` is one of `value`'s, rounded; but those that are `elsewhere`."""
+    known = numbers(value)
+    for number in set(re.findall(r"\d+\.\d+", text)) - {*elsewhere}:
+        digits = len(number.partition(".")[2])
+        assert any(f"{abs(x):.{digits}f}" == number for x in known), f"{number} is not in the record"
+
+
+@pytest.mark.parametrize("row", CLAIMS, ids=lambda row: row[0])
+def test_the_figures_of_a_claim_are_those_that_were_recorded(row):
+    name, found = row[0].strip("`"), record(row[0].strip("`"))
+    kept = {key: value for key, value in found.items() if key in ("figures", "comparisons", "parts", "median_ratio")}
+    pairs = [one["figures"] for one in (kept,) if name == "targets"]  # its ± is that of differences by seed
+    kept["differences"] = [
+        [b - a for a, b in zip(*(of["wins vs start"] for of in figures.values()), strict=True)] for figures in pairs
+    ]
+    assert_recorded(row[2], kept, elsewhere={"1.29"} if name == "sr_cost" else ())  # the table of the benches has it
 
 
 def test_the_table_of_the_default_jobs_is_the_record():
-    runs = json.loads((ROOT / "tests/claims/results/default.json").read_text(encoding="utf-8"))["runs"]
     part = TEXT.split("\n## Results\n")[1]
-    for script, seeds in runs.items():
+    for script, seeds in record("default")["runs"].items():
         for seed, table in seeds.items():
-            row = f"| `{script}.py` | {seed} | {table[0]['exact_match']:.3f} → {table[-1]['exact_match']:.3f} |"
-            assert row in part
+            start, last = table[0], table[-1]
+            cells = [
+                f"`{script}.py`",
+                seed,
+                *(f"{start[x]:.3f} → {last[x]:.3f}" for x in ("exact_match", "greedy_exact_match")),
+            ]
+            cells += [f"{last['win_rate_vs_start']:.3f} ± {last['win_rate_vs_start_se']:.3f}"]
+            assert f"| {' | '.join(cells)} | {sum(row.get('seconds', 0) for row in table):.0f} |" in part
+
+
+def test_the_output_that_is_shown_is_the_record(capsys):
+    table = record("default")["runs"]["sppo"]["1"]
+    common.show_table(table, 3)
+    shown = TEXT.split("`python sppo.py` prints\n\n```\n")[1].split("\n\niterate beats")[0]
+    assert [line.split() for line in shown.splitlines()] == [
+        line.split() for line in capsys.readouterr().out.split("\n")[1:6]
+    ]
+
+
+def test_the_output_of_compare_is_the_record():
+    figures = record("compare")["figures"]
+    shown = TEXT.split("Sr-IPO\n")[1].split("\n```")[0]
+    for line in shown.splitlines():
+        name = next(name for name, title in common.COLUMNS.items() if title == line[:22].strip())
+        cells = [f"{common.number(mean(of[name]))} ± {stdev(of[name]):.2g}" for of in figures.values()]
+        assert re.split(r"  +", line[22:].strip()) == cells, name
+
+
+def test_other_figures_are_recorded():
+    eta = TEXT.split("learning_rate 2e-4`,")[1].split("Hence")[0]
+    assert_recorded(eta, record("low_eta")["figures"])
+    text = TEXT.split("On real text, ")[1].split("## ")[0]
+    assert_recorded(text, record("real_text"), elsewhere={"2.6"})  # million parameters
+
+
+def test_memory_and_disk_of_a_7b_run_are_those_of_the_plan():
+    args = sppo.Args(model="mistral-7b", **sppo.RECIPES["mistral-7b"])
+    plan = common.plan_run(args, "cuda", 2, memory=int(0.95 * 80e9))
+    training = plan["stages"]["training"]
+    text = " ".join(TEXT.split())
+    for words, size in (("weights", "weights"), ("the master's other half", "master"), ("gradients", "gradients")):
+        assert re.search(rf"{words} {training[size] / 1e9:.1f}\b", text)
+    assert f"RMSprop's moment {training['moments'] / 1e9:.1f};" in text
+    assert f"the plan says {max(sum(s.values()) for s in plan['stages'].values()) / 1e9:.0f} GB" in text
+    assert f"{plan['disk'] / 1e9:.0f} GB of disk" in text
+
+
+def test_the_table_of_speeds_is_the_record():
+    logps, generate, train = (record(f"bench_{name}") for name in ("logps", "generate", "train"))
+    names = {"naive": "naive log_softmax", "linear_cross_entropy": "torch linear_cross_entropy"}
+    names |= {"Liger": "Liger, from its GRPO loss", "TRL": "TRL, fused head"}
+    spread, equal = (
+        [generate[lengths][f"transformers {name}"]["ours / theirs"] for name in ("generate", "generate_batch")]
+        for lengths in ("spread", "equal")
+    )
+    time, memory = train["time"], train["memory"]
+    theirs = min(("TRL, all pairs at once", "TRL, a few, by length"), key=lambda name: time[name]["time / ours"])
+    wanted = [
+        [logps["time"]["ours, slopes kept"], *(logps["time"][name] for name in names.values())],
+        [logps["memory"]["ours, recomputed"], *(logps["memory"][name] for name in list(names.values())[1:])],
+        spread,
+        equal,
+        [time[theirs]["time / ours"], memory["ours, prompt once"]["MiB"] / memory[theirs]["MiB"]],
+        [time["ours, plain rows"]["time / ours"]],
+        [time["ours, prompt once"]["time / bare"]],
+        [
+            time["Sr-DPO of sr_dpo.py"]["time / DPO"],
+            memory["Sr-DPO of sr_dpo.py"]["MiB"] / memory["DPO of sr_dpo.py"]["MiB"],
+        ],
+    ]
+    rows = table_rows("How fast it is")
+    assert len(rows) == len(wanted)
+    for row, values in zip(rows, wanted, strict=True):
+        values = [v if isinstance(v, float) else v.get("time / three products", v.get("peak / naive")) for v in values]
+        shown = re.findall(r"\d+\.\d+", row[2].split("(wanted")[0])
+        assert len(shown) == len(values), row
+        for text, value in zip(shown, values, strict=True):
+            assert text == f"{value:.{len(text.partition('.')[2])}f}", (row[0], text, value)

@@ -27,7 +27,7 @@ pytestmark = [
 
 JOBS = {
     "sppo": (sppo, {"limit": 48, "n_eval": 8, "iterations": 2, "k": 3, "epochs": 2, "batch_size": 4}),
-    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16, "keep": 1}),
+    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16, "keep": 1, "best_of": 2}),
     "sr_dpo": (sr_dpo, {"limit": 48, "n_eval": 8, "epochs": 2, "batch_size": 4}),
     "sr_dpo online": (sr_dpo, {"limit": 48, "n_eval": 8, "online": True, "iterations": 2, "k": 3, "batch_size": 4}),
 }

@@ -21,7 +21,7 @@ OTHER_WORDS |= {"learning_rate", "pairs", "loss"}
 BLOCKS = {  # name -> (function, first words, last words); from every script
     "the start": ("main", "    if args.dry_run:", "        return []"),
     "the first row": ("main", "    record(run, table", "    record(run, table"),
-    "evaluation": ("main", "        metrics, against = ", "        metrics, against = "),
+    "evaluation": ("main", "        metrics, iterate_prefs = ", "        metrics, iterate_prefs = "),
     "the end": ("main", "    del policy", "    return table"),
     "the step": ("train_step", "    grad_norm = ", "    optimizer.zero_grad()"),
 }

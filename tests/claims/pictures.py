@@ -7,6 +7,7 @@ Ito's, and whatever differs in colour differs in style as well. The same figures
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -191,9 +192,40 @@ def logratios(results):
     return figure
 
 
+def bench_rows(results):
+    """[{"what", "against", "time", "memory"}]: ratios of the benches' figures, None where one of the two has none."""
+    logps, generate, train = (
+        json.loads((results / f"bench_{name}.json").read_text()) for name in ("logps", "generate", "train")
+    )
+
+    def ratio(table, figure, mine, theirs):
+        a, b = table[mine].get(figure), table[theirs].get(figure)
+        return a / b if a and b else None
+
+    rows = []
+    them = {"naive log_softmax": "naive log_softmax", "Liger": "Liger, from its GRPO loss", "TRL": "TRL, fused head"}
+    for against, theirs in them.items():  # by default slopes are kept at the size of "time", not at that of "memory"
+        time = ratio(logps["time"], "time / three products", "ours, slopes kept", theirs)
+        memory = ratio(logps["memory"], "MiB", "ours, recomputed", theirs)
+        rows.append({"what": "token_logps", "against": against, "time": time, "memory": memory})
+    them = {"transformers' generate": "transformers generate", "generate_batch": "transformers generate_batch"}
+    for against, theirs in them.items():
+        time = ratio(generate["spread"], "ours / theirs", "ours", theirs)  # of speeds
+        rows.append({"what": "generate, lengths spread", "against": against, "time": time, "memory": None})
+    trl = ("TRL, all pairs at once", "TRL, a few, by length")
+    best = min(trl, key=lambda name: train["time"][name].get("time / ours", math.inf))
+    for what, against, mine, theirs, figure in (
+        ("an SPPO step", "TRL's DPOTrainer at its best", "ours, prompt once", best, "time / ours"),
+        ("an Sr-DPO step", "a DPO step", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py", "time / DPO"),
+    ):
+        time, memory = ratio(train["time"], figure, mine, theirs), ratio(train["memory"], "MiB", mine, theirs)
+        rows.append({"what": what, "against": against, "time": time, "memory": memory})
+    return [row for row in rows if row["time"] or row["memory"]]
+
+
 def benches(results):
     """Time and memory as ratios to something else's."""
-    rows = json.loads((results / "benches.json").read_text())["rows"][::-1]
+    rows = bench_rows(results)[::-1]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(rows)), layout="constrained")
     measures = (("time", 0.2, "#D55E00", ""), ("memory", -0.2, "#0072B2", "///"))
     for measure, shift, color, hatch in measures:

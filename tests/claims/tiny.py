@@ -90,6 +90,11 @@ def last(name):
     return lambda run: run.rows[-1][name]
 
 
+def of_start(name):
+    """A figure of the start."""
+    return lambda run: run.rows[0][name]
+
+
 def first(name):
     """A figure of the first iterate: of training on the start's own samples."""
     return lambda run: run.rows[1][name]
@@ -182,6 +187,39 @@ CLAIMS = {
         {**QUALITY, "seconds": total("seconds")},
         reading="All three make samples right far more often. The most likely answer gains a little under SPPO and "
         "DNO and loses under Sr-DPO, whose pairs have no right answer.",
+    ),
+    "compare": Claim(
+        "No claim: DPO, Sr-DPO, IPO and Sr-IPO on the same pairs, as python sr_dpo.py --compare 3 trains them",
+        "README.md",
+        {
+            "DPO": ("sr_dpo", {"lam": 0.0}),
+            "Sr-DPO": ("sr_dpo", {}),
+            "IPO": ("sr_dpo", {"loss": "sr_ipo", "lam": 0.0}),
+            "Sr-IPO": ("sr_dpo", {"loss": "sr_ipo"}),
+        },
+        {
+            **{name: last(name) for name in sr_dpo.MEASURES},
+            "delta": last("delta"),
+            "exact_match of the start": of_start("exact_match"),
+            "greedy_exact_match of the start": of_start("greedy_exact_match"),
+        },
+        reading="Sr-DPO is as good as DPO within the spread, at a higher marginal in each seed (`marginal`). Sr-IPO is "
+        "IPO: lambda Delta is 0.03 beside a target of 10. In all four the most likely answers get worse, from "
+        "0.97 right to 0.92 to 0.94, as samples get better: neither answer of a pair is right.",
+    ),
+    "low_eta": Claim(
+        "No claim: DNO with the paper's eta, no SFT term and more prompts, which are not this task's defaults",
+        "README.md",
+        {"eta 0.1": ("dno", {"limit": 0, "eta": 0.1, "sft_alpha": 0.0, "learning_rate": 2e-4})},
+        {
+            **QUALITY,
+            "exact match of the start": of_start("exact_match"),
+            "greedy of the start": of_start("greedy_exact_match"),
+            "greedy of the first iterate": first("greedy_exact_match"),
+            **LOG_RATIOS,
+        },
+        reading="In the first iteration both log-ratios fall, and the most likely answers go from 0.98 right to 0.63. "
+        "They end at 0.86, below the start's in each seed, while samples get better. Hence eta = 2 and the SFT term.",
     ),
     "log_ratios": Claim(
         "SPPO lifts the winner's log-ratio above 0, while DPO lowers the winner's and the loser's",
