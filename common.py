@@ -2769,10 +2769,8 @@ def _show_dollars(prompts, held_out, eval_prompts, args, k):
     tokens = sum(n * (len(judge_question("", [""] * k)) / 4 + prompt + k * args.max_new_tokens) for n, k in counts)
     new_tokens = sum(n * k * 100 for n, k in counts)
     dollars = (tokens * args.judge_price_in + new_tokens * args.judge_price_out) / 1e6
-    requests, words = (
-        sum(n for n, _ in counts),
-        f"{tokens / 1e6:.2g} million tokens, and {new_tokens / 1e6:.2g} of replies",
-    )
+    requests = sum(n for n, _ in counts)
+    words = f"{tokens / 1e6:.2g} million tokens, and {new_tokens / 1e6:.2g} of replies"
     print(f"--judge llm: {requests:,} requests of {words}, at --max_new_tokens a response; {dollars:,.2f} dollars")
 
 

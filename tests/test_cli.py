@@ -328,8 +328,8 @@ def test_responses_with_scores_need_no_judge_to_train(job, workdir, monkeypatch)
         ({"prompt": "12", "responses": [{"text": "1", "ids": ["1"]}] * 5}, [], "no token ids of this model: ['1']"),
         ({"prompt": "12", "responses": [{"text": "1", "ids": [20], "finished": True}] * 5}, [], "do not end with"),
         ({"prompt": "12", "responses": [{"text": "", "finished": False}] * 5}, [], "no token ids of this model: []"),
-        ({}, ["--judge", "nowhere/pairrm"], "--judge nowhere/pairrm: no such folder"),
-        ({}, ["--eval_prompts", "bad.json"], "--eval_prompts bad.json, line 1: not JSON"),
+        ({"prompt": "12", "responses": ["1"] * 5}, ["--judge", "nowhere/pairrm"], "nowhere/pairrm: no such folder"),
+        ({"prompt": "12", "responses": ["1"] * 5}, ["--eval_prompts", "bad.json"], "bad.json, line 1: not JSON"),
     ],
     ids=lambda value: str(value)[:50],
 )  # fmt: skip
