@@ -351,7 +351,8 @@ def save_model(folder, damage=None, policy=None, tokenizer=None):
 def elsewhere(script, model, data):
     """Flags for a model and a file of one's own, at sizes that are not the paper's."""
     flags = ["--model", model, PROMPTS[script], data, "--judge", "digits", "--max_prompt_tokens", "32"]
-    return [*flags, "--max_new_tokens", "16", *(["--refine_prompt", "tiny"] if script == "sr_dpo" else [])]
+    more = {"sppo": [], "dno": ["--gold", ""], "sr_dpo": ["--refine_prompt", "tiny"]}[script]
+    return [*flags, "--max_new_tokens", "16", *more]
 
 
 def file(name, content):
