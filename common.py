@@ -2814,7 +2814,8 @@ def _show_hours(policy, prompts, held_out, eval_prompts, args, row, trained, ran
     training += update * args.epochs * math.ceil(len(prompts) * trained / row / args.batch_size)
     most = "at most " if trained > row else ""
     hours = [f"{s / 3600:.2g}" for s in (sampling, judging, args.iterations * training)]
-    judged = f"judging {hours[1]} ({two:.2g} s for two responses in one order)" if local else "judging not known"
+    judged = "judging not known" if args.judge else "no judging"
+    judged = f"judging {hours[1]} ({two:.2g} s for two responses in one order)" if local else judged
     print(f"  hours       sampling {hours[0]}, training {most}{hours[2]}, {judged}, at --max_new_tokens a response")
 
 

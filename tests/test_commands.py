@@ -88,7 +88,8 @@ def test_the_first_commands_end_where_the_readme_says(command, workdir):
 @pytest.mark.parametrize("command", LARGE)
 def test_a_7b_run_is_refused_in_one_line_where_there_is_no_gpu(command, tmp_path):
     done = run(command, tmp_path)
-    assert done.returncode == 2 and "a CUDA GPU would do" in done.stderr
+    assert done.returncode == 2
+    assert "a CUDA GPU would do" in done.stderr or "is not reachable" in done.stderr  # where memory would do
     assert len(done.stderr.splitlines()) == 1 and not any(tmp_path.iterdir())
 
 
