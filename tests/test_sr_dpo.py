@@ -409,6 +409,17 @@ def test_the_default_job_in_small_learns(workdir, capsys):
     assert "iterate  loss" in out and "lies in runs/x/final" in out
 
 
+def test_an_iteration_without_pairs_ends_the_run_well(workdir, monkeypatch, capsys):
+    draw = sr_dpo.online_pairs
+    monkeypatch.setattr(sr_dpo, "online_pairs", lambda *x: draw(*x) if x[3] == 1 else [])  # x[3]: the iteration
+    table = sr_dpo.main(Args(name="x", online=True, **{**FEW, "iterations": 3}))
+    assert len(table) == 2 and (workdir / "runs/x/final/config.json").exists()
+    assert "no response is preferred to another in iteration 2" in capsys.readouterr().out
+    monkeypatch.setattr(sr_dpo, "online_pairs", lambda *x: [])
+    with pytest.raises(common.InputError, match="in iteration 1; try a higher --k"):
+        sr_dpo.main(Args(name="y", online=True, **FEW))
+
+
 def test_compare_prints_the_four_methods(workdir, capsys):
     tables = sr_dpo.main(Args(name="x", compare=2, **FEW))
     assert set(tables) == {"DPO", "Sr-DPO", "IPO", "Sr-IPO"} and {len(rows) for rows in tables.values()} == {2}
