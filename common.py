@@ -3275,7 +3275,7 @@ def closing_answers(run, held_out, eval_prompts, answers, best, args):
 
     Answered are the encoded --eval_prompts, if there are any, else the held-out prompts. With --best_of each answer is
     the judge's favourite of so many; how often these beat the start on the held-out prompts is in the facts. Both are
-    stages: asked.jsonl, best_of.jsonl.
+    stages of that iterate, asked.jsonl and best_of.jsonl: with another one as the best they are made anew.
     """
     if not (args.best_of or eval_prompts):
         return held_out, answers[best], {}
@@ -3290,7 +3290,9 @@ def closing_answers(run, held_out, eval_prompts, answers, best, args):
         return [row[i] for row, i in zip(rows, favourite.tolist(), strict=True)]
 
     def answer(name, prompts):
-        return stage(run / f"{name}.jsonl", prompts, make, CHUNK_OF_PROMPTS, ["text", "finished", "repeats"])
+        return stage(
+            run / f"iter_{best}" / f"{name}.jsonl", prompts, make, CHUNK_OF_PROMPTS, ["text", "finished", "repeats"]
+        )
 
     chosen, facts = answers[best], {}
     if args.best_of:
