@@ -2,125 +2,131 @@
 
 Rosset et al. 2024, arXiv 2404.03715. Algorithm 2 (DNO-Prct), the default: in each iteration the policy pi_t answers
 every prompt K times, a judge ranks these answers and a teacher's, and DPO's loss with pi_t as reference is minimised on
-the pairs with a large margin. --loss exact puts Algorithm 1's loss in its place: cross-entropy with the soft target
-sigmoid(r_t(y1) - r_t(y2)) (eq. 8; eq. 12 is the same), least where pi_{t+1} is proportional to pi_t exp(r_t / eta),
-eq. 9.
+the pairs with a large margin. --variant exact puts Algorithm 1's loss in its place: cross-entropy with the soft
+target sigmoid(r_t(y1) - r_t(y2)) (eq. 8; eq. 12 is the same), least where pi_{t+1} is proportional to
+pi_t exp(r_t / eta), eq. 9.
 
-    python dno.py                       the built-in task, a minute on two CPU cores (README.md)
+    python dno.py                       the built-in task, a minute on two CPU cores: 0.16 -> 0.90 right
     python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    all of it your own
 
-It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final/, outputs.json and
-win_rates.json.
+It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
 
 Where this file departs from the paper, or fills what it leaves open:
- 1. A response that the length limit cut, or that repeats itself, loses against every sound one, whatever the judge
-    says. In the paper repetition makes automatic negatives; it does not mention cut responses.
+ 1. A truncated response loses to any finished one, whatever the judge says. The paper does not mention truncation;
+    there responses that repeat themselves are automatic negatives, here that is for the judge to say.
  2. Candidates are shown to --judge llm in random order; the paper does not say in which. Other judges give preferences:
-    margins are then differences of win rates, --min_win_rate and --win_rate_margin, whose values are ours. RECIPES has
-    PairRM, which runs on the same GPU; --judge llm is the paper's kind.
+    scores are then win rates, and the values of --min_score and --margin for them are ours. RECIPES has PairRM, which
+    runs on the same GPU; --judge llm is the paper's kind.
  3. The learning rate is 5e-7 for real models. The paper prints 5e-5, a hundred times the usual rate of full DPO
     fine-tuning at 7B. The optimiser is sppo.py's RMSprop.
  4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not define it.
  5. Replay: the 30 % of iteration t - 1, 15 % of t - 2, ... are shares of all pairs that iteration t trains on. Their
     reference is pi_t; their preferences stay those of their own iteration.
  6. r_t(y), by eq. 9 the mean preference over pi_t's answers, is that over the other candidates, the teacher's included.
-    --loss exact also keeps the teacher, replay and the best iterate where Algorithm 1 has none, none and the mixture of
-    all iterates: --gold '' --replay 0 comes closest to it.
+    --variant exact also keeps the teacher, replay and the best iterate where Algorithm 1 has none, none and the mixture
+    of all iterates: --gold '' --replay 0 comes closest to it.
  7. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
 eta multiplies the log-ratio here (DPO's beta), so at the optimum it divides the preference; SPPO's eta is its inverse.
 """
 
-import collections
 import itertools
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import pandas
 import torch
 from torch.nn.functional import logsigmoid
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from common import (
-    CHUNK_OF_PROMPTS,
-    RunArgs,
-    are_sound,
-    as_prefs,
-    ask_judge,
-    attach,
-    check_run,
+    Checkpoint,
+    add_gold,
+    add_logps,
+    cached,
     cli,
-    close_run,
-    encode_prompts,
     evaluate,
-    given_responses,
-    gold_responses,
-    late_means,
-    load_gold,
+    finish_iterate,
+    finish_run,
     load_judge,
-    load_prompts,
-    load_responses,
+    load_policy,
+    make_optimizer,
     micro_batches,
-    prepare,
-    record,
-    reference_stage,
-    require,
-    response_logps,
-    sampling_stage,
-    show_costs,
+    pair_logps,
+    preferences,
+    read_jsonl,
+    report_pairs,
+    sample,
     split_prompts,
-    stage,
     start_run,
-    train,
 )
 
 
 @dataclass
-class Args(RunArgs):
+class Args:
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
     model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
-    responses: str = HfArg(default="", help="Responses to train on, with --iterations 1: a file or ID[:split].")
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
     limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
-    n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
     max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
+    # judge and evaluation
+    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
+    judge_url: str = HfArg(default="", help="--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; same shapes.")
     # algorithm
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
     k: int = HfArg(default=5, help="Responses sampled per prompt.")
-    loss: Literal["contrastive", "exact"] = HfArg(default="contrastive", help="Algorithm 2's loss, or Algorithm 1's.")
-    eta: float = HfArg(default=2.0, help="DPO's beta: the higher, the closer to pi_t.")
-    exact_scale: float = HfArg(default=1.0, help="c of --loss exact, of targets sigmoid(c (r1 - r2)).")
-    pairs: Literal["dno", "restrictive", "spin", "all"] = HfArg(
+    variant: Literal["dno", "restrictive", "spin", "all", "exact"] = HfArg(
         default="dno",
-        help="dno: large margins; restrictive: of these, those that the teacher wins; spin: teacher before "
-        "student, unjudged; all: any margin. --loss exact has no margins.",
+        help="dno: pairs with a large margin; restrictive: of these, those that the teacher wins; spin: teacher "
+        "before student, unjudged; all: any margin; exact: Algorithm 1's loss, on all pairs.",
     )
-    min_score: float = HfArg(default=5.0, help="By a judge of points y+ has at least so many of 6.")
-    margin: float = HfArg(default=2.0, help="... and so many more than y-, if y+ is the teacher's.")
-    student_margin: float = HfArg(default=1.0, help="... and so many more than y-, if y+ is the student's.")
-    min_win_rate: float = HfArg(default=0.5, help="By another judge y+ has at least this win rate.")
-    win_rate_margin: float = HfArg(default=0.3, help="... and so much more than y-, half of it if y+ is the student's.")
-    replay: float = HfArg(
-        default=0.3, help="At most this share of pairs is from iteration t-1, half of it from t-2, ..."
+    eta: float = HfArg(default=2.0, help="DPO's beta: the higher, the closer to pi_t.")
+    min_score: float = HfArg(default=0.0, help="y+ scores so much; 0: 5 points by --judge llm, else a win rate of 0.5.")
+    margin: float = HfArg(
+        default=0.0,
+        help="y+ leads y- by so much, half of it if y+ is the student's; 0: 2 points, else a win rate of 0.3.",
     )
+    replay: float = HfArg(default=0.3, help="At most this share of pairs is from iteration t-1, half from t-2, ...")
     sft_alpha: float = HfArg(default=1.0, help="Weight of -log pi(y+|x), added to the contrastive loss.")
     # sampling
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
-    max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    max_new_tokens: int = HfArg(default=16, help="A response is truncated at this length.")
     # optimiser
-    learning_rate: float = HfArg(default=1.5e-4, help="Peak learning rate of RMSprop, in the first iteration.")
-    lr_decay: float = HfArg(default=1.0, help="It is multiplied by this from one iteration to the next.")
+    learning_rate: float = HfArg(default=1.5e-4, help="Peak learning rate of RMSprop.")
     warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=1, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    # memory and run
+    slots: int = HfArg(default=256, help="Responses decoded together: memory against speed.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward and backward: memory against speed.")
+    checkpointing: bool = HfArg(default=False, help="Recompute layers in backward: memory against speed.")
+    checkpoint_minutes: float = HfArg(default=30.0, help="Minutes between two checkpoints of training.")
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default script, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, with its flags.")
+    dry_run: bool = HfArg(default=False, help="Say what memory and disk the run takes, and stop.")
+    track: Literal["", "wandb", "trackio", "tensorboard"] = HfArg(default="", help="Send metrics and samples there.")
+    seed: int = HfArg(default=1, help="Seeds splits, sampling and shuffling.")
+    device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
+
+    def __post_init__(self):
+        if not self.gold and self.variant in ("restrictive", "spin"):
+            raise ValueError(f"--variant {self.variant}: its pairs are won by a teacher; give --gold")
 
 
 # arXiv 2404.03715, section 5, where the judge is GPT-4-Turbo (--judge llm) and the start Orca-2.5. K, 3 iterations, one
@@ -137,9 +143,10 @@ PAPER = {
     "top_p": 0.95,
     "max_new_tokens": 1024,
     "slots": 64,
+    "checkpointing": True,
     "learning_rate": 5e-7,
 }
-RECIPES = {"tiny": {}, "tiny-p": {}, "mistral-7b": PAPER, "other": PAPER}
+RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -192,85 +199,48 @@ def win_rates(prefs):
     return (prefs.sum(-1) - prefs.diagonal(dim1=-2, dim2=-1)) / (prefs.shape[-1] - 1)
 
 
-# Roll-out and pairs --------------------------------------------------------------------------------------------------
+# Pairs ---------------------------------------------------------------------------------------------------------------
 
 
-def rank(prompts, candidates, args):
-    """Algorithm 2, line 5: give each candidate its "win_rate" over the others and, by a judge of points, its "points".
+def rank(judge, rows, args):
+    """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others and, by a judge of points, "points".
 
-    A response that the length limit cut, or that repeats itself, gets 0 points. With --pairs spin the teacher wins,
-    if it is sound, and nobody is asked.
+    A truncated response gets 0 points. With --variant spin the teacher wins and nobody is asked.
     """
-    if args.pairs == "spin":
-        for y in itertools.chain(*candidates):
-            y["win_rate"] = float("teacher" in y and y["finished"] and not y["repeats"])
-        return
-    judge = load_judge(args)
-    for n in sorted({len(row) for row in candidates}):  # K + 1 and, where gold is missing, K
-        some = [b for b, row in enumerate(candidates) if len(row) == n]
-        rows = [candidates[b] for b in some]
-        flat = [y for row in rows for y in row]
-        opinion = ask_judge(judge, [prompts[b] for b in some], rows)  # prefs (B, n, n), or points (B, n)
-        attach("win_rate", flat, win_rates(as_prefs(opinion, rows)).flatten())
-        if opinion.dim() == 2:
-            attach("points", flat, opinion.where(are_sound(rows) | opinion.isnan(), 0.0).flatten())
+    if args.variant == "spin":
+        return [{"win_rate": [float("teacher" in y and y["finished"]) for y in row["responses"]]} for row in rows]
+    ranked = [{"win_rate": wins} for wins in win_rates(preferences(judge, rows)).tolist()]
+    if hasattr(judge, "points"):
+        texts = [[y["text"] for y in row["responses"]] for row in rows]
+        finished = torch.tensor([[y["finished"] for y in row["responses"]] for row in rows])
+        points = judge.points([row["prompt"] for row in rows], texts) * finished  # (B, K), NaN where the judge failed
+        ranked = [{**row, "points": scores} for row, scores in zip(ranked, points.tolist(), strict=True)]
+    return ranked
 
 
-def ranking_stage(prompts, candidates, folder, args):
-    """rank as a stage: preferences.jsonl, per prompt {"win_rate": [...]} and, if the judge gives them, "points"."""
+def make_pairs(rows, ranked, args):
+    """Algorithm 2, line 6: rows with "responses" [y+, y-], their "win_rate", and "kind", such as "teacher_student".
 
-    def make(rows):
-        rank([prompt for prompt, _ in rows], [row for _, row in rows], args)
-        return [{name: [y[name] for y in row] for name in ("win_rate", "points") if name in row[0]} for _, row in rows]
-
-    rows = stage(folder / "preferences.jsonl", list(zip(prompts, candidates, strict=True)), make, CHUNK_OF_PROMPTS)
-    for row, ranked in zip(candidates, rows, strict=True):
-        for name, values in ranked.items():
-            for y, value in zip(row, values, strict=True):
-                y[name] = value
-
-
-def make_pairs(prompts, candidates, args):
-    """Algorithm 2, line 6: rows {"prompt", "prompt_ids", "responses": [y+, y-], "kind"} and {rule: how many failed it}.
-
-    candidates: per prompt its responses as rank leaves them, the teacher's with "teacher". The contrastive loss wants
-    y+ better and, with --pairs dno, y+ of at least min_score points and y- less by margin, or by student_margin if y+
-    is the student's; where there are no points, min_win_rate and win_rate_margin, or half of it. --pairs restrictive
-    wants the teacher to win as well; spin only that; all no margin. The exact loss takes any two different responses,
-    as its targets say by how much which is better.
+    ranked: rank of `rows`. y+ must be better. By --variant dno it scores at least min_score and leads y- by margin, or
+    by half of that if y+ is the student's; restrictive wants y+ to be the teacher's as well, spin only that. exact
+    takes any two different responses, as its targets say by how much which is better.
     """
-    rows, failed, unit = [], collections.Counter(), "win_rate"
-    least = ("below --min_win_rate", args.min_win_rate)  # of y+
-    margins = ("within --win_rate_margin", args.win_rate_margin), ("within half of it", args.win_rate_margin / 2)
-    if "points" in candidates[0][0]:
-        unit, least = "points", ("below --min_score", args.min_score)
-        margins = ("within --margin", args.margin), ("within --student_margin", args.student_margin)
-    contrastive = args.loss == "contrastive"
-    filtered = contrastive and args.pairs in ("dno", "restrictive")
-    for prompt, candidate in zip(prompts, candidates, strict=True):
-        if any(y[unit] is None for y in candidate):
-            failed["not judged"] += math.comb(len(candidate), 2)
-            continue
-        ranking = sorted(candidate, key=lambda y: (-y[unit], "teacher" not in y))
-        for a, b in itertools.combinations(ranking, 2):
-            kind = "_".join("teacher" if "teacher" in y else "student" for y in (a, b))
-            gap, rule = a[unit] - b[unit], ""  # the rule that it fails
-            words, margin = margins[0] if "teacher" in a else margins[1]
-            if a["ids"] == b["ids"]:
-                rule = "identical"
-            elif args.pairs in ("restrictive", "spin") and kind != "teacher_student":
-                rule = "not won by the teacher"
-            elif contrastive and gap <= 0:
-                rule = "tied"
-            elif filtered and a[unit] < least[1]:
-                rule = least[0]
-            elif filtered and gap < margin:
-                rule = words
-            failed[rule] += 1
-            if not rule:
-                rows.append({**prompt, "responses": [a, b], "kind": kind})
-    del failed[""]
-    return rows, dict(failed)
+    least, margin = (5.0, 2.0) if "points" in ranked[0] else (0.5, 0.3)
+    least, margin, pairs = args.min_score or least, args.margin or margin, []
+    for row, scores in zip(rows, ranked, strict=True):
+        points = scores.get("points", scores["win_rate"])
+        # Best first, the teacher's before the student's. Rows where the judge failed have no pair.
+        order = sorted(range(len(points)), key=lambda i: (-points[i], "teacher" not in row["responses"][i]))
+        for i, j in itertools.combinations(order if not any(map(math.isnan, points)) else (), 2):
+            better, worse, lead = row["responses"][i], row["responses"][j], points[i] - points[j]
+            by_teacher = "teacher" in better
+            large = points[i] >= least and lead >= (margin if by_teacher else margin / 2)
+            wanted = {"dno": large, "restrictive": large and by_teacher, "spin": by_teacher}.get(args.variant, True)
+            if better["ids"] != worse["ids"] and wanted and (lead > 0 or args.variant == "exact"):
+                kind = "_".join("teacher" if "teacher" in y else "student" for y in (better, worse))
+                win_rate = [scores["win_rate"][i], scores["win_rate"][j]]
+                pairs.append({**row, "responses": [better, worse], "win_rate": win_rate, "kind": kind})
+    return pairs
 
 
 def with_replay(pairs, earlier, share, rng):
@@ -286,99 +256,85 @@ def with_replay(pairs, earlier, share, rng):
     return pairs + [row for rows, size in zip(earlier, sizes, strict=True) for row in rng.sample(rows, size)]
 
 
-# Train ---------------------------------------------------------------------------------------------------------------
-
-
-def train_step(policy, optimizer, scheduler, batch, args):
-    """One optimiser step on `batch`, rows of make_pairs; returns means over the batch and the gradient norm."""
-    rows = [(pair, response) for pair in batch for response in pair["responses"]]  # chosen, rejected, chosen, ...
-    prompts, responses = [pair["prompt_ids"] for pair, _ in rows], [response["ids"] for _, response in rows]
-    ref_logps = torch.tensor([response["ref_logps"] for _, response in rows], device=policy.device)
-    win_rate = torch.tensor([response["win_rate"] for _, response in rows], device=policy.device)
-    losses, log_ratio = torch.zeros(len(batch)), torch.zeros(len(rows))
-    for i in micro_batches(policy, prompts, responses, args.micro_tokens, pairs=True):
-        logps = response_logps(policy, [prompts[j] for j in i], [responses[j] for j in i])
-        (chosen, rejected), (ref_chosen, ref_rejected) = logps.view(-1, 2).T, ref_logps[i].view(-1, 2).T
-        if args.loss == "exact":
-            r_1, r_2 = args.exact_scale * win_rate[i].view(-1, 2).T
-            loss = dno_exact_loss(chosen, rejected, ref_chosen, ref_rejected, r_1, r_2, args.eta)  # eq. 8
-        else:
-            loss = dno_loss(chosen, rejected, ref_chosen, ref_rejected, args.eta)  # Alg. 2, line 7
-            loss = loss - args.sft_alpha * chosen  # departure 4
-        (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
-        losses[[j // 2 for j in i[::2]]], log_ratio[i] = loss.detach().cpu(), (logps - ref_logps[i]).detach().cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    loss, (chosen, rejected) = losses.mean().item(), log_ratio.view(-1, 2).mean(0).tolist()
-    return {"loss": loss, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected, "grad_norm": grad_norm.item()}
-
-
 # Main ----------------------------------------------------------------------------------------------------------------
 
 
 def main(args):
-    """Run DNO; returns the metrics of every iterate, the start first. Raises InputError when it cannot go on."""
-    one = args.iterations == 1 or not args.responses
-    require(one, f"--responses: they are of one policy, so --iterations must be 1, not {args.iterations}")
-    taught = args.gold or args.pairs not in ("restrictive", "spin")
-    require(taught, f"--pairs {args.pairs}: its pairs are won by a teacher, so it takes --gold")
-    run, plan = check_run(args, "dno", 2)  # a row to train on has a prompt and two responses
-    prompts = load_prompts(args.prompts, args.limit, args.seed)
-    given = load_responses(args.responses, args.k) if args.responses else None
-    written = load_gold(args.gold) if args.gold not in ("", "digits") else {}
-    policy, tokenizer, eval_prompts = prepare(args, plan)
-    prompts = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    parts, held_out = split_prompts(prompts, args.iterations, args.n_eval, args.seed, eval_prompts)
-    if given:
-        parts[0], given = given_responses(policy, tokenizer, parts[0], given, args)
-        alike = not args.gold or "score" not in given[0][0]
-        require(alike, "--responses: they have scores, which a teacher's has not; give --gold ''")
-    golds = gold_responses(policy, tokenizer, parts, written, args)
-    print(f"{args.iterations} iterations x {len(parts[0])} prompts x {args.k} responses; {len(held_out)} held out")
-    ranked = args.k + bool(args.gold) if args.pairs != "spin" else 0  # responses per prompt
-    sampled, most = 0 if args.responses else args.k, args.k * (args.k + 1)  # most: if all pairs of K + 1 are trained on
-    show_costs(policy, parts[0], held_out, eval_prompts, args, row=2, trained=most, ranked=ranked, sampled=sampled)
-    if args.dry_run:
-        return []
-    start_run(run, args, "dno", policy)
-    answers, table, earlier = [], [], []
-    record(run, table, evaluate(policy, tokenizer, held_out, answers, run / "iter_0", args)[0], args)
+    """Run DNO; returns the metrics of every iterate, the start first."""
+    run, table, log = start_run(args, __file__)  # table: a row for each finished iterate, of --resume some already
+    judge = load_judge(args)
+    newest = run / f"iter_{len(table) - 1}" / "policy"
+    policy, tokenizer = load_policy(newest if newest.exists() else args.model, args.device, args.checkpointing)
+    parts, held_out = split_prompts(tokenizer, args)
+    parts = [add_gold(policy, tokenizer, part, args) if args.gold else part for part in parts]
+    if not table:
+        finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
-    for iteration, prompts in enumerate(parts, 1):  # Alg. 2, line 2
-        start, folder = time.perf_counter(), run / f"iter_{iteration}"
-        # Alg. 2, line 3: the teacher's responses are in golds, None where there is none; line 4: K from pi_t
-        seed = f"{args.seed} sample {iteration}"
-        responses = sampling_stage(policy, tokenizer, prompts, seed, folder, args, given)
+    for t in range(len(table), args.iterations + 1):  # Alg. 2, line 2
+        folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
+        # Alg. 2, line 4: K responses to each prompt from pi_t. Rows that are in a cached file already are kept.
+        draw = partial(sample, policy, tokenizer, k=args.k, seed=seed, args=args)
+        rows = cached(folder / "responses.jsonl", parts[t - 1], draw)
+        if args.gold:  # Alg. 2, line 3: the teacher's response
+            rows = [{**row, "responses": [*row["responses"], row["gold"]]} for row in rows]
         # Alg. 2, line 5: rank all K + 1
-        candidates = [[*row, y] if y else row for row, y in zip(responses, golds[iteration - 1], strict=True)]
-        ranking_stage(prompts, candidates, folder, args)
+        ranked = cached(folder / "preferences.jsonl", rows, lambda some: rank(judge, some, args), chunk=512)
         # Alg. 2, line 6: pairs with a large margin
-        new, failed = make_pairs(prompts, candidates, args)
-        if not new:
-            why = ", ".join(f"{n} {rule}" for rule, n in failed.items())
-            nothing = f"iteration {iteration}: no pair; of all that there are {why or 'none'}"
-            require(iteration > 1, f"{nothing}; see {folder}, and try lower margins")
-            print(nothing)
+        pairs = make_pairs(rows, ranked, args)
+        report_pairs(t, rows, pairs, began)
+        if not pairs:
             break
-        # Alg. 2, line 7: with some of earlier iterations; pi_t is the reference: its log-probs, before it is trained
-        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {iteration}"))
-        pairs = reference_stage(policy, pairs, folder, args)
-        learning_rate, seed = args.learning_rate * args.lr_decay ** (iteration - 1), f"{args.seed} shuffle {iteration}"
-        steps = train(policy, tokenizer, pairs, train_step, learning_rate, seed, folder, args)
-        earlier.append(new)
+        new, earlier = pairs, [read_jsonl(run / f"iter_{i}" / "pairs.jsonl") for i in range(1, t)]
+        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {t}"))
+        # log pi_t(y|x), before the first update and before a checkpoint is loaded: the policy is still pi_t
+        add_logps(policy, pairs, "ref_logps", args.micro_tokens)
 
-        metrics, iterate_prefs = evaluate(policy, tokenizer, held_out, answers, folder, args)
-        metrics |= {**late_means(steps), "pairs": len(pairs), "replayed": len(pairs) - len(new)}
-        for kind in ("teacher_student", "student_teacher", "student_student"):
-            metrics[kind] = sum(pair["kind"] == kind for pair in new)
-        metrics["seconds"] = time.perf_counter() - start
-        # Alg. 2, line 9: the best iterate on held-out prompts
-        best = record(run, table, metrics, args, steps, (pairs[0], pairs[-1]))
+        # Alg. 2, line 7
+        rng, size = random.Random(seed), args.batch_size
+        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
+        batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
+        optimizer = make_optimizer(policy, args.learning_rate)
+        scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
+        steps = checkpoint.load()  # [], unless the run was killed here
+        before = table[-1]["step"]  # steps of earlier iterations
+        for epoch, batch in tqdm(batches[len(steps) :], desc="training", leave=False, disable=None):
+            losses, log_ratios = [], []
+            for micro in micro_batches(policy, batch, args.micro_tokens):
+                logps = pair_logps(policy, micro)  # (pairs, 2), as the two below
+                ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)
+                win_rate = torch.tensor([pair["win_rate"] for pair in micro], device=policy.device)
+                if args.variant == "exact":
+                    loss = dno_exact_loss(*logps.T, *ref_logps.T, *win_rate.T, args.eta)  # eq. 8
+                else:
+                    loss = dno_loss(*logps.T, *ref_logps.T, args.eta)  # Alg. 2, line 7
+                    loss = loss - args.sft_alpha * logps[:, 0]  # departure 4
+                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+                losses.append(loss.detach())
+                log_ratios.append((logps - ref_logps).detach())
+            grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            log_ratio = torch.cat(log_ratios).mean(0)  # (responses,), best first
+            row |= {"loss": torch.cat(losses).mean().item(), "grad_norm": grad_norm.item()}
+            row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
+            steps.append(row)
+            log("train", row)
+            checkpoint.save(steps)
+        checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
 
-    del policy  # the best one takes its place
-    close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args)
+        metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args)
+        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # what training ended at
+        metrics |= late[["loss", "chosen_log_ratio", "rejected_log_ratio"]].to_dict()
+        metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new), **Counter(pair["kind"] for pair in new)}
+        metrics |= {"seconds": time.time() - began}
+        finish_iterate(run, table, log, metrics, policy, tokenizer, steps, new)
+
+    # Alg. 2, line 9: the best iterate on held-out prompts
+    best = max(table[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
+    finish_run(run, table, best)
     return table
 
 

@@ -7,71 +7,57 @@ behind p + x: a prompt p that asks for the best of answers, put in front of the 
 Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly. At lam of 1 and more, targets may run away from the
 policy.
 
-    python sr_dpo.py                     the built-in task, a minute on two CPU cores (README.md)
+    python sr_dpo.py                     the built-in task, half a minute on two CPU cores: 0.16 -> 0.79 right
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
-    python sr_dpo.py --compare 3         all four over three seeds, in a table
     python sr_dpo.py --model DIR --pairs FILE.jsonl    all of it your own
 
-It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_1/{pairs,steps}.jsonl, iter_1/policy/,
-final/, outputs.json (its answers to the held-out prompts, or to --eval_prompts) and, with a judge, win_rates.json.
+It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
 
 Where this file departs from the paper, or fills what it leaves open:
  1. p goes in front of the query inside the last user turn, so that chat templates stay whole. Its wording is ours:
     REFINE_PROMPTS; --refine_prompt takes any of them or your own.
  2. Log-probs are sums over tokens, EOS included, as the formulas say. TRL's IPO takes the mean over tokens instead.
  3. A response over --max_new_tokens keeps its start and has no EOS; the pair stays what the data says it is.
- 4. --online, which the paper leaves to future work: pairs are sampled from the policy, best and worst by a judge, in
-    each of --iterations on their own prompts; the reference is the policy that sampled them. (The measures on held-out
-    pairs stay relative to the start.)
- 5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+ 4. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
 """
 
-import math
-import statistics
+import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+import pandas
 import torch
 from torch.nn.functional import logsigmoid
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 from common import (
-    COLUMNS,
-    RunArgs,
+    Checkpoint,
+    add_logps,
+    as_answer,
     as_response,
-    attach,
-    attach_ref_logps,
-    check_args,
-    check_run,
+    cached,
     cli,
-    close_run,
-    correlations,
+    digit_prompts,
     encode_prompts,
-    encode_text,
+    eval_rows,
     evaluate,
-    is_text,
-    judging_stage,
-    late_means,
-    load_pairs,
+    finish_iterate,
+    finish_run,
+    load_judge,
+    load_policy,
+    load_rows,
+    make_optimizer,
     micro_batches,
-    number,
-    prepare,
-    record,
-    reference_stage,
+    pair_logps,
+    read_prompt,
     require,
-    response_logps,
-    run_folder,
-    sampling_stage,
-    score,
-    show_costs,
-    split_pairs,
-    stage,
+    split_rows,
     start_run,
-    stop_ids,
-    train,
-    turn_end,
 )
 
 REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
@@ -79,46 +65,52 @@ REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a
     "that the answer does no harm.\n\nQuery: ",
     "expert": "Answer the query below as an expert would: correctly, completely and to the point.\n\nQuery: ",
     "short": "The best possible answer, 100 of 100, to this query: ",
-    "tiny": "100/100: ",  # what `tiny-p` knows
+    "tiny": "100/100: ",  # what `tiny` knows
 }
 
 
 @dataclass
-class Args(RunArgs):
+class Args:
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
-    model: str = HfArg(
-        default="tiny-p", help="Policy to train: a short name from the list above, a folder, or a hub id."
-    )
+    model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
     pairs: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
-    judge: str = HfArg(
-        default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES; '': none."
-    )
     limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
-    n_eval: int = HfArg(default=512, help="Held-out prompts, one pair of each, for evaluation: at most a quarter.")
     max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
+    # judge and evaluation
+    judge: str = HfArg(default="digits", help="As in sppo.py; '' for none.")
+    judge_url: str = HfArg(default="", help="--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
+    judge_model: str = HfArg(default="", help="--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    n_eval: int = HfArg(default=512, help="Held-out pairs for evaluation, at most a quarter of all.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; same shapes.")
     # algorithm
     loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
     beta: float = HfArg(default=1.0, help="Regularisation of --loss sr_dpo: the higher, the closer to the reference.")
     beta_ipo: float = HfArg(default=0.05, help="The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).")
     lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO, on the same pairs.")
     refine_prompt: str = HfArg(default="tiny", help="p: usefulness, expert, short, tiny, or a text of your own.")
-    online: bool = HfArg(default=False, help="Sample pairs from the policy and judge them, instead of those given.")
-    iterations: int = HfArg(default=1, help="Rounds of sampling, judging and training with --online.")
-    k: int = HfArg(default=5, help="Responses sampled per prompt with --online.")
     # sampling
     temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
     top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
-    max_new_tokens: int = HfArg(default=16, help="Length at which a response is cut off and counts as unfinished.")
+    max_new_tokens: int = HfArg(default=16, help="A response is truncated at this length.")
     # optimiser
     learning_rate: float = HfArg(default=5e-5, help="Peak learning rate of RMSprop.")
     warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
     epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
     batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
-    # run
-    compare: int = HfArg(default=0, help="Train DPO, Sr-DPO, IPO and Sr-IPO with so many seeds, and show a table.")
+    # memory and run
+    slots: int = HfArg(default=256, help="Responses decoded together: memory against speed.")
+    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward and backward: memory against speed.")
+    checkpointing: bool = HfArg(default=False, help="Recompute layers in backward: memory against speed.")
+    checkpoint_minutes: float = HfArg(default=30.0, help="Minutes between two checkpoints of training.")
+    name: str = HfArg(default="", help="The run goes to runs/NAME; by default script, model, seed and time.")
+    resume: str = HfArg(default="", help="Go on with the run in this folder, with its flags.")
+    dry_run: bool = HfArg(default=False, help="Say what memory and disk the run takes, and stop.")
+    track: Literal["", "wandb", "trackio", "tensorboard"] = HfArg(default="", help="Send metrics and samples there.")
+    seed: int = HfArg(default=1, help="Seeds splits, sampling and shuffling.")
+    device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
 
 
 PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1, 0.3, 0.5 and 1 there, epochs are ours
@@ -130,16 +122,13 @@ PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1
     "refine_prompt": "usefulness",
     "max_new_tokens": 512,
     "slots": 64,
+    "checkpointing": True,
     "learning_rate": 5e-7,
     "epochs": 1,
 }
 HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is supervised on its chosen answers first
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
-RECIPES = {"tiny-p": {}, "tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "other": ULTRA}
-
-# Of --compare.
-MEASURES = ["exact_match", "greedy_exact_match", "win_rate_vs_start", "accuracy", "accuracy_p", "marginal", "pearson"]
-MEASURES += ["spearman", "kendall", "kl", "length", "train_seconds"]
+RECIPES = {"tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "other": ULTRA}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -197,205 +186,171 @@ def sr_ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_log
     return (margin - lam * delta.detach() - 1 / (2 * beta)) ** 2  # eq. 15
 
 
-LOSSES = {"sr_dpo": sr_dpo_loss, "sr_ipo": sr_ipo_loss}
+# Pairs ---------------------------------------------------------------------------------------------------------------
 
 
-# Roll-out and pairs --------------------------------------------------------------------------------------------------
+def digit_pairs(n, seed):
+    """Pairs to digit_prompts whose answers are both partly wrong: 1 to n-1 digits in the chosen, more in the rejected.
+
+    "gap" is the difference between their shares of right digits.
+    """
+    rng, pairs = random.Random(f"digit pairs {seed}"), []
+    for prompt in digit_prompts(n, seed):
+        right = sorted(prompt[0]["content"])
+        wrong = sorted(rng.sample(range(1, len(right) + 1), 2))
+        answers = []
+        for count in wrong:
+            answer = list(right)
+            for i in rng.sample(range(len(right)), count):
+                answer[i] = rng.choice([d for d in "0123456789" if d != right[i]])
+            answers.append("".join(answer))
+        gap = (wrong[1] - wrong[0]) / len(right)
+        pairs.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "gap": gap})
+    return pairs
 
 
-# Each response gets log pi_ref(y|x) and log pi_ref(y|p + x).
-REFERENCES = (("ref_logps", "prompt_ids"), ("ref_logps_p", "refined_ids"))
+def read_pair(row):
+    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; None without use."""
+    prompt, chosen, rejected = read_prompt(row), as_answer(row["chosen"]), as_answer(row["rejected"])
+    if not prompt or not chosen.strip() or not rejected.strip() or chosen == rejected:
+        return None
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if "score_chosen" in row and "score_rejected" in row:
+        pair["gap"] = row["score_chosen"] - row["score_rejected"]
+    return pair
+
+
+def load_pairs(source, limit=0, seed=0):
+    """Different pairs {"prompt", "chosen", "rejected"}, some with "gap": digit_pairs, or a dataset's."""
+    return digit_pairs(limit or 5632, seed) if source == "digits" else load_rows("--pairs", source, read_pair, limit)
 
 
 def refine(prompt, p):
     """p + x: the messages of `prompt` with the text p in front of the last one, the query."""
-    *earlier, query = prompt
-    return [*earlier, {**query, "content": p + query["content"]}]
+    return [*prompt[:-1], {**prompt[-1], "content": p + prompt[-1]["content"]}]
 
 
 def make_pairs(policy, tokenizer, pairs, args):
-    """Rows {"prompt", "prompt_ids", "refined_ids", "responses": [y+, y-]}, and "gap" where it is known, of load_pairs.
+    """Rows with "prompt_ids" of x, "refined_ids" of p + x and "responses" [y+, y-], of load_pairs.
 
-    A response over --max_new_tokens keeps its start. Left out and counted are pairs whose prompt, or p + prompt, is too
-    long, and those whose responses are the same to the policy.
+    A response over --max_new_tokens keeps its start. Pairs that are too long, or equal when cut, are left out.
     """
     p = REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt)
-    require(is_text(p) and p.strip(), "--refine_prompt: give a name of REFINE_PROMPTS, or a text")
-    print(f"p: {p!r}" + ("" if args.refine_prompt in REFINE_PROMPTS else ", as given"))
+    require(p.strip(), f"--refine_prompt: give one of {', '.join(REFINE_PROMPTS)}, or a text")
+    print(f"p: {p!r}")
     rows = encode_prompts(tokenizer, pairs, args.max_prompt_tokens, "--pairs")
-    refined = [{"row": row, "prompt": refine(row["prompt"], p)} for row in rows]
-    refined = encode_prompts(tokenizer, refined, args.max_prompt_tokens, "--pairs with --refine_prompt")
-    rows = [{**both["row"], "refined_ids": both["prompt_ids"]} for both in refined]
-    end = turn_end(tokenizer, stop_ids(policy, tokenizer))
+    rows = encode_prompts(
+        tokenizer, rows, args.max_prompt_tokens, "--pairs behind p", "refined_ids", lambda x: refine(x, p)
+    )
     for row in rows:
-        row["responses"] = []
-        for text in (row.pop("chosen"), row.pop("rejected")):
-            ids = [*encode_text(tokenizer, text), end]
-            finished = len(ids) <= args.max_new_tokens
-            row["responses"].append(as_response(ids[: args.max_new_tokens], text, finished, args))
+        texts = row.pop("chosen"), row.pop("rejected")
+        row["responses"] = [as_response(policy, tokenizer, text, args.max_new_tokens) for text in texts]
     cut = sum(not y["finished"] for row in rows for y in row["responses"])
-    if cut:
-        of = f"{2 * len(rows)} responses cut by --max_new_tokens {args.max_new_tokens}"
-        print(f"--pairs: {cut} of {of}: they have no end")
     kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
+    if cut:
+        print(f"--pairs: {cut} of {2 * len(rows)} responses are cut by --max_new_tokens {args.max_new_tokens}")
     if len(kept) < len(rows):
-        print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: equal within --max_new_tokens")
-    require(kept, f"--pairs {args.pairs}: none is left; see --max_new_tokens")
+        print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: their responses are equal when cut")
+    require(kept, f"--pairs {args.pairs}: none is left; raise --max_new_tokens")
     return kept
 
 
-def online_pairs(policy, tokenizer, prompts, iteration, folder, args):
-    """Of K samples to each prompt the best and the worst by their mean preference over all K; [] if nothing differs."""
-    samples = sampling_stage(policy, tokenizer, prompts, f"{args.seed} sample {iteration}", folder, args)
-    win_rate = judging_stage(prompts, samples, folder, args).mean(-1)  # (B, K)
-    attach("win_rate", [y for row in samples for y in row], win_rate.flatten())
-    pairs = []
-    for prompt, row in zip(prompts, samples, strict=True):
-        row = sorted(row, key=lambda y: -y["win_rate"])
-        if row[0]["win_rate"] > row[-1]["win_rate"] and row[0]["ids"] != row[-1]["ids"]:
-            known = {name: value for name, value in prompt.items() if name != "gap"}  # that of other responses
-            pairs.append({**known, "responses": [row[0], row[-1]]})
+def add_both(policy, pairs, name, args):
+    """`pairs` with add_logps behind x as `name`, and behind p + x as `name`_p."""
+    add_logps(policy, pairs, name, args.micro_tokens)
+    add_logps(policy, pairs, f"{name}_p", args.micro_tokens, "refined_ids")
     return pairs
 
 
-# Train and measure ---------------------------------------------------------------------------------------------------
+def measure(policy, pairs, args):
+    """The paper's measures on held-out pairs, relative to the start.
 
-
-def train_step(policy, optimizer, scheduler, batch, args):
-    """One optimiser step on `batch`, rows of make_pairs; returns means over the batch and the gradient norm."""
-    rows = [(pair, response) for pair in batch for response in pair["responses"]]  # chosen, rejected, chosen, ...
-    prompts, responses = [pair["prompt_ids"] for pair, _ in rows], [response["ids"] for _, response in rows]
-    ref_logps = torch.tensor([response["ref_logps"] for _, response in rows], device=policy.device)
-    ref_logps_p = torch.tensor([response["ref_logps_p"] for _, response in rows], device=policy.device)
-    beta = args.beta if args.loss == "sr_dpo" else args.beta_ipo
-    losses, deltas, log_ratio = torch.zeros(len(batch)), torch.zeros(len(batch)), torch.zeros(len(rows))
-    for i in micro_batches(policy, prompts, responses, args.micro_tokens, pairs=True):
-        pair, ys = [j // 2 for j in i[::2]], [responses[j] for j in i]
-        delta = torch.zeros(len(pair), device=policy.device)
-        if args.lam:
-            with torch.no_grad():  # keeps nothing for backward
-                logps_p = response_logps(policy, [rows[j][0]["refined_ids"] for j in i], ys)
-            delta = refinement(*logps_p.view(-1, 2).T, *ref_logps_p[i].view(-1, 2).T, beta)  # eq. 12
-        logps = response_logps(policy, [prompts[j] for j in i], ys)
-        terms = (*logps.view(-1, 2).T, *ref_logps[i].view(-1, 2).T)  # chosen, rejected, of policy and of reference
-        loss = LOSSES[args.loss](*terms, delta, beta, args.lam)  # eq. 13 or 15
-        (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
-        losses[pair], deltas[pair] = loss.detach().cpu(), delta.cpu()
-        log_ratio[i] = (logps - ref_logps[i]).detach().cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    chosen, rejected = log_ratio.view(-1, 2).mean(0).tolist()
-    means = {"loss": losses.mean().item(), "delta": deltas.mean().item(), "grad_norm": grad_norm.item()}
-    return {**means, "chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
-
-
-def measure(policy, pairs, folder, args):
-    """The paper's measures on held-out pairs, relative to the start: mean margin and accuracy, behind p as well, and
-    how the margin rises with "gap", where that is known and varies. A stage: margins.jsonl, a row per pair.
+    These are the mean margin ("marginal") and the accuracy, both also behind p, and how the margin rises with "gap",
+    where that is known and varies.
     """
-
-    def margins(pairs):
-        rows, columns = [(pair, y) for pair in pairs for y in pair["responses"]], []
-        for name, prompt_ids in REFERENCES:
-            prompts, ids = [pair[prompt_ids] for pair, _ in rows], [y["ids"] for _, y in rows]
-            log_ratio = score(policy, prompts, ids, args.micro_tokens, "measuring")
-            log_ratio -= torch.tensor([y[name] for _, y in rows])
-            columns.append((log_ratio[::2] - log_ratio[1::2]).tolist())  # h(y+) - h(y-)
-        return [{"margin": x, "margin_p": p_x} for x, p_x in zip(*columns, strict=True)]
-
-    rows, figures = stage(folder / "margins.jsonl", pairs, margins), {}
-    gaps = [pair.get("gap", math.nan) for pair in pairs]
-    for suffix in ("", "_p"):
-        margin = torch.tensor([row[f"margin{suffix}"] for row in rows])
-        figures[f"marginal{suffix}"] = margin.mean().item()
-        figures[f"accuracy{suffix}"] = (margin > 0).float().mean().item()
-        if not suffix and len(set(gaps)) > 1 and all(map(math.isfinite, gaps)) and margin.std() > 0:
-            figures |= correlations(margin, torch.tensor(gaps))
-    return figures
+    add_both(policy, pairs, "logps", args)
+    table, figures = pandas.DataFrame({"gap": [pair.get("gap") for pair in pairs]}, dtype=float), {}
+    for p in ("", "_p"):
+        logps, ref_logps = (torch.tensor([pair[name + p] for pair in pairs]) for name in ("logps", "ref_logps"))
+        log_ratio = logps - ref_logps  # (B, 2)
+        table["margin" + p] = (log_ratio[:, 0] - log_ratio[:, 1]).tolist()
+        figures |= {"marginal" + p: table["margin" + p].mean(), "accuracy" + p: (table["margin" + p] > 0).mean()}
+    if table["gap"].notna().all() and table["gap"].nunique() > 1:
+        figures |= {way: table.corr(way).loc["margin", "gap"] for way in ("pearson", "spearman", "kendall")}
+    return {name: float(value) for name, value in figures.items()}
 
 
 # Main ----------------------------------------------------------------------------------------------------------------
 
 
-def compare(args):
-    """The four methods over --compare seeds, each a run of its own: prints mean and standard deviation of MEASURES."""
-    require(args.lam > 0 and not args.dry_run, "--compare: wants a --lam above 0, and no --dry_run")
-    require(not args.resume, "--compare: its runs are resumed one by one")
-    methods = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", args.lam)}
-    methods |= {"IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", args.lam)}
-    root, runs = args.name or f"compare-{time.strftime('%Y%m%d-%H%M%S')}", []
-    for method, (loss, lam) in methods.items():
-        for seed in range(args.seed, args.seed + args.compare):
-            name = f"{root}-{method.lower()}-s{seed}"
-            runs.append((method, replace(args, compare=0, loss=loss, lam=lam, seed=seed, name=name)))
-    for _, one in runs:
-        check_args(one)
-        run_folder(one, "sr_dpo")  # all of them, before the first one
-    tables = {method: [] for method in methods}
-    for method, one in runs:
-        tables[method].append(main(one)[-1])
-    print(f"\n{'':<22}" + "".join(f"{method:>20}" for method in methods))
-    for measure in [name for name in MEASURES if all(name in row for rows in tables.values() for row in rows)]:
-        cells = []
-        for rows in tables.values():
-            values = [row[measure] for row in rows]
-            error = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{number(statistics.mean(values))}{error}")
-        print(f"{COLUMNS[measure]:<22}" + "".join(f"{cell:>20}" for cell in cells))
-    return tables
-
-
 def main(args):
-    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first, of --compare those of each method.
+    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
+    run, table, log = start_run(args, __file__)  # table: a row for each finished iterate, of --resume some already
+    judge = load_judge(args) if args.judge else None
+    newest = run / f"iter_{len(table) - 1}" / "policy"
+    policy, tokenizer = load_policy(newest if newest.exists() else args.model, args.device, args.checkpointing)
+    pairs = make_pairs(policy, tokenizer, load_pairs(args.pairs, args.limit, args.seed), args)
+    (pairs,), held_out = split_rows(pairs, args, eval_rows(tokenizer, args))
+    scored = [pair for pair in held_out if "benchmark" not in pair]
+    # the start's log-probs, which `measure` compares with
+    scored = cached(run / "iter_0" / "held_out.jsonl", scored, lambda some: add_both(policy, some, "ref_logps", args))
+    if not table:
+        finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
-    Raises InputError when it cannot go on.
-    """
-    if args.compare:
-        return compare(args)
-    require(args.online or args.iterations == 1, "--iterations: there is one, unless --online samples pairs for more")
-    judged = args.judge or not (args.online or args.best_of)
-    require(judged, "--online, --best_of: they take a --judge")
-    run, plan = check_run(args, "sr_dpo", 2)  # a row to train on has a prompt and two responses
-    pairs = load_pairs(args.pairs, args.limit, args.seed)
-    policy, tokenizer, eval_prompts = prepare(args, plan)
-    parts, held_out = split_pairs(make_pairs(policy, tokenizer, pairs, args), args, eval_prompts)
-    print(f"{args.iterations} iteration(s) x {len(parts[0])} pairs; {len(held_out)} held out")
-    sampled = args.k if args.online else 0
-    show_costs(policy, parts[0], held_out, eval_prompts, args, row=2, trained=2, ranked=sampled, sampled=sampled)
-    if args.dry_run:
-        return []
-    start_run(run, args, "sr_dpo", policy)
-    for name, prompt_ids in REFERENCES:  # log pi_ref of x and of p + x
-        attach_ref_logps(policy, held_out, args, name, prompt_ids)
-    answers, table = [], []
-    record(run, table, evaluate(policy, tokenizer, held_out, answers, run / "iter_0", args)[0], args)
+    for t in range(len(table), 2):  # one iteration, as the pairs are given; none if --resume finds it done
+        folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
+        # log pi_ref of x and p + x, before the first update and any checkpoint: the policy is still pi_ref
+        add_both(policy, pairs, "ref_logps", args)
 
-    for iteration, pairs in enumerate(parts, 1):
-        start, folder = time.perf_counter(), run / f"iter_{iteration}"
-        if args.online:
-            pairs = online_pairs(policy, tokenizer, pairs, iteration, folder, args)
-        if not pairs:
-            nothing = f"--online: no response is preferred to another in iteration {iteration}"
-            require(iteration > 1, f"{nothing}; try a higher --k or --temperature")
-            print(nothing)
-            break
-        # log pi_ref of x and of p + x, once, before the first update
-        pairs = reference_stage(policy, pairs, folder, args, REFERENCES)
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
-        begun, seed = time.perf_counter(), f"{args.seed} shuffle {iteration}"
-        steps = train(policy, tokenizer, pairs, train_step, args.learning_rate, seed, folder, args)
-        train_seconds = time.perf_counter() - begun
+        loss_of, beta = (sr_dpo_loss, args.beta) if args.loss == "sr_dpo" else (sr_ipo_loss, args.beta_ipo)
+        rng, size = random.Random(seed), args.batch_size
+        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
+        batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
+        optimizer = make_optimizer(policy, args.learning_rate)
+        scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
+        steps = checkpoint.load()  # [], unless the run was killed here
+        before = table[-1]["step"]  # steps of earlier iterations
+        for epoch, batch in tqdm(batches[len(steps) :], desc="training", leave=False, disable=None):
+            losses, log_ratios, deltas = [], [], []
+            for micro in micro_batches(policy, batch, args.micro_tokens):
+                ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)  # (pairs, 2)
+                ref_logps_p = torch.tensor([pair["ref_logps_p"] for pair in micro], device=policy.device)
+                delta = torch.zeros(len(micro), device=policy.device)
+                if args.lam:
+                    with torch.no_grad():
+                        logps_p = pair_logps(policy, micro, "refined_ids")
+                    delta = refinement(*logps_p.T, *ref_logps_p.T, beta)  # eq. 12
+                logps = pair_logps(policy, micro)
+                loss = loss_of(*logps.T, *ref_logps.T, delta, beta, args.lam)  # eq. 13 or 15
+                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+                losses.append(loss.detach())
+                log_ratios.append((logps - ref_logps).detach())
+                deltas.append(delta)
+            grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            log_ratio = torch.cat(log_ratios).mean(0)  # (responses,), best first
+            row |= {"loss": torch.cat(losses).mean().item(), "grad_norm": grad_norm.item()}
+            row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
+            row |= {"delta": torch.cat(deltas).mean().item()}
+            steps.append(row)
+            log("train", row)
+            checkpoint.save(steps)
+        checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
 
-        metrics, iterate_prefs = evaluate(policy, tokenizer, held_out, answers, folder, args)
-        metrics |= measure(policy, held_out, folder, args)
-        metrics |= {**late_means(steps), "pairs": len(pairs)}
-        metrics |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - start}
-        best = record(run, table, metrics, args, steps)
+        metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args) | measure(policy, scored, args)
+        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # what training ended at
+        metrics |= late[["loss", "chosen_log_ratio", "rejected_log_ratio", "delta"]].to_dict()
+        metrics |= {"pairs": len(pairs), "seconds": time.time() - began}
+        finish_iterate(run, table, log, metrics, policy, tokenizer, steps, pairs)
 
-    del policy  # the best one takes its place
-    close_run(run, table, best, iterate_prefs, held_out, eval_prompts, answers, args)
+    # the best iterate on held-out prompts
+    best = max(table[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
+    finish_run(run, table, best)
     return table
 
 

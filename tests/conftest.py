@@ -12,30 +12,19 @@ import torch  # noqa: E402
 
 import common  # noqa: E402
 
+torch.set_num_threads(1)  # tensors are tiny here: a second thread only waits, and for long when the other core is busy
+
 
 @pytest.fixture(scope="session")
-def tiny_cache(tmp_path_factory):
-    """A runs/ folder that holds the built-in starts, made once."""
-    cache = tmp_path_factory.mktemp("runs")
-    for name in common.TINIES:
-        common.tiny_policy(name, cache)
-    return cache
+def tiny(tmp_path_factory):
+    """The folder of a `tiny` that was trained for a fifth of the steps: a start, not a good one."""
+    return common.make_tiny(tmp_path_factory.mktemp("cache") / "tiny", steps=60)
 
 
 @pytest.fixture
-def workdir(tmp_path, monkeypatch, tiny_cache):
-    """An empty working folder, but that its runs/ already holds the built-in starts."""
-    (tmp_path / "runs").mkdir()
-    for folder in tiny_cache.glob("tiny-*"):
-        (tmp_path / "runs" / folder.name).symlink_to(folder)
+def workdir(tmp_path, monkeypatch, tiny):
+    """An empty working folder in which --model tiny is there already."""
+    (tmp_path / common.CACHE).mkdir(parents=True)
+    (tmp_path / common.CACHE / "tiny").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tensors are tiny here: a second thread only waits, and for long when the other core is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -124,17 +124,17 @@ def sppo_step(log_pi_t, P, eta, log_z="exact"):
     return minimise(loss, log_pi_t, 2 * pi_t)
 
 
-def sampled_sppo_step(log_pi_t, logits, eta, log_z, judge, k=5):
+def sampled_sppo_step(log_pi_t, P, eta, log_z, k=5, change=lambda prefs: prefs):
     """The same with win rates and log Z of K samples, over all draws of K from pi_t: what sppo.py sees of many prompts.
 
-    logits (S, n, n) or (n, n): the judge's; judge: those of the samples (B, K, K) -> prefs (B, K, K). log_z: "half", or
-    "estimate", eq. 4.5. log_pi_t (S, n) -> log_pi_{t+1} (S, n).
+    P (S, n, n) or (n, n); change: prefs (B, K, K) of the samples -> those to learn from, as by sppo.official_prefs.
+    log_z: "half", or "estimate", eq. 4.5. log_pi_t (S, n) -> log_pi_{t+1} (S, n).
     """
     draws = torch.tensor(list(itertools.combinations_with_replacement(range(log_pi_t.shape[-1]), k)))  # (D, K)
     orders = [math.factorial(k) / math.prod(math.factorial(row.count(y)) for y in set(row)) for row in draws.tolist()]
     seen = tensor(*orders) * log_pi_t[:, draws].sum(-1).exp()  # (S, D), how often a draw comes up in any order
-    shown = logits[..., draws[:, :, None], draws[:, None, :]].expand(*seen.shape, k, k)
-    rates = win_rates(judge(shown.flatten(0, 1)).double())  # (S * D, K), P^(y_k > pi_t) in each draw
+    shown = P[..., draws[:, :, None], draws[:, None, :]].expand(*seen.shape, k, k)
+    rates = win_rates(change(shown.flatten(0, 1)))  # (S * D, K), P^(y_k > pi_t) in each draw
     log_z = log_partition(rates, eta) if log_z == "estimate" else torch.full(rates.shape[:1], eta / 2)
     shape = (*seen.shape, k)
     rates, log_z, ref_logps = rates.view(shape), log_z.view(*seen.shape, 1).expand(shape), log_pi_t[:, draws]

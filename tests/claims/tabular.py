@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from games import (  # before common: it says where the scripts are
+from games import (  # before sppo: it says where the scripts are
     BIASED,
     CONDORCET,
     NASH,
@@ -45,7 +45,7 @@ from games import (  # before common: it says where the scripts are
     win_rate,
 )
 
-from common import pairwise_prefs, rank_scores, score_prefs
+from sppo import official_prefs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPPO, DNO = "arXiv 2405.00675", "arXiv 2404.03715"
@@ -213,18 +213,13 @@ def log_z(seeds=5, T=300, k=5, large=10.0, few=3):
     games = {"biased": BIASED, "Bradley-Terry": ORDERED, "strict order": strict}
     P = torch.stack([game for game in games.values() for _ in range(seeds)])
     start = random_policies(3, range(1, seeds + 1)).repeat(len(games), 1)
-    logits = torch.logit(P, eps=1e-12)
     figures, parts = {}, {}
     for eta, rounds in ((theory_eta(T, 3), T), (large, few)):
         steps = {
             "exact log Z": lambda log_pi, eta=eta: sppo_step(log_pi, P, eta),
             "eta / 2": lambda log_pi, eta=eta: sppo_step(log_pi, P, eta, "half"),
-            f"estimate, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(
-                log_pi, logits, eta, "estimate", pairwise_prefs, k
-            ),
-            f"eta / 2, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(
-                log_pi, logits, eta, "half", pairwise_prefs, k
-            ),
+            f"estimate, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(log_pi, P, eta, "estimate", k),
+            f"eta / 2, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(log_pi, P, eta, "half", k),
         }
         gaps, setting = {}, f"eta {eta:.2g}, T = {rounds}"
         z = (torch.logsumexp(start + eta * win_rate(P, start.exp()), -1) / eta).chunk(len(games))
@@ -253,23 +248,19 @@ def log_z(seeds=5, T=300, k=5, large=10.0, few=3):
     )
 
 
-def official_prefs(logits):
-    return score_prefs(rank_scores(logits))
-
-
 def cyclic_judge(seeds=5, T=2000, k=5):
-    """SPPO on draws of K from pi_t that the judge sees together; P = sigmoid((M - M^T) / 2), exploited as it is."""
+    """SPPO on draws of K from pi_t that the judge sees together; pairwise: P as it is."""
     certain = BIASED + (0.98 - 0.9) * tensor([0, 0, 1], [0, 0, 0], [-1, 0, 0])  # rock beats scissors nearly always
     games = {
         "cycles drawn by seed": [rock_paper_scissors(seed) for seed in range(1, seeds + 1)],
         "0.98, 0.6, 0.6": [(certain, nash_of_cycle(certain))] * seeds,
     }
     P, nash = (torch.stack(rows) for rows in zip(*[game for row in games.values() for game in row], strict=True))
-    start, eta, logits = random_policies(3, range(1, seeds + 1)).repeat(len(games), 1), theory_eta(T, 3), torch.logit(P)
-    scored = official_prefs(logits).double()  # of the three actions, once and for all
+    start, eta = random_policies(3, range(1, seeds + 1)).repeat(len(games), 1), theory_eta(T, 3)
+    scored = official_prefs(P)  # of the three actions, once and for all
     steps = {
-        "pairwise": lambda log_pi: sampled_sppo_step(log_pi, logits, eta, "half", pairwise_prefs, k),
-        "official": lambda log_pi: sampled_sppo_step(log_pi, logits, eta, "half", official_prefs, k),
+        "pairwise": lambda log_pi: sampled_sppo_step(log_pi, P, eta, "half", k),
+        "official": lambda log_pi: sampled_sppo_step(log_pi, P, eta, "half", k, official_prefs),
         "official, scored once": lambda log_pi: sppo_step(log_pi, scored, eta, "half"),
     }
     figures = {}
