@@ -254,7 +254,8 @@ def finish_iterate(run, table, log, metrics, policy=None, tokenizer=None, steps=
 
 def finish_run(run, table, best):
     """Make runs/NAME/final and outputs.json those of the iterate `best`, and say what came out."""
-    require(len(table) > 1, "no response was preferred to another; raise --k, --temperature or --max_new_tokens")
+    remedy = "raise --k, --temperature or --max_new_tokens, in dno.py lower --margin or --min_score"
+    require(len(table) > 1, f"no pair to train on, as all responses tie or differ too little; {remedy}")
     final, t = run / "final", best["iterate"]
     final.unlink(missing_ok=True)
     final.symlink_to(Path(f"iter_{t}") / "policy", target_is_directory=True)
@@ -917,6 +918,10 @@ def load_policy(name, device="cpu", checkpointing=False):
 @torch.no_grad()
 def check_architecture(policy, name):
     """Exit unless generate and response_logps give this model's own numbers, found by trying two prompts."""
+    config = policy.config.get_text_config()
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []  # GPT-Neo's name
+    known = set(types) <= {"full_attention", "sliding_attention"}
+    require(known, f"--model {name}: not supported: only full and sliding attention are, not {sorted(set(types))}")
     plain = getattr(policy.get_output_embeddings(), "bias", None) is None and policy.base_model is not policy
     require(plain, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
     prompts, right = [[1, 2, 3, 4, 5], [3, 2, 1]], True

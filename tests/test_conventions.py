@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import common
 import dno
 import sppo
 import sr_dpo
@@ -98,8 +97,9 @@ def test_win_rates_with_and_without_the_response_itself():
 
 def test_the_official_preference_of_two_is_twice_as_sharp():
     logits = torch.randn(4, 2, 2, generator=RNG) * (1 - torch.eye(2))
-    official = common.score_prefs(common.rank_scores(logits), temperature=2.0)
-    torch.testing.assert_close(official, common.pairwise_prefs(logits))
+    prefs = torch.sigmoid((logits - logits.mT) / 2)
+    half = torch.sigmoid(torch.logit(sppo.official_prefs(prefs)) / 2)
+    torch.testing.assert_close(half, prefs)
 
 
 def test_half_of_beta_in_refinement_is_half_of_lambda():

@@ -1,15 +1,16 @@
-import json
+"""DNO: its losses by hand and on a game with a known equilibrium, pairs, replay, its steps as the paper writes them."""
+
 import math
 import random
 
 import pytest
 import torch
+import transformers
+from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import common
 import dno
 from dno import Args, dno_exact_loss, dno_loss, make_pairs, win_rates, with_replay
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensor(*values):
@@ -142,94 +143,83 @@ def test_the_average_iterate_of_exact_dno_reaches_nash():
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
-def candidates(*rates, gold=None):
-    rows = [{"ids": [i], "win_rate": rate, "finished": True, "repeats": False} for i, rate in enumerate(rates)]
-    return [rows if gold is None else [*rows, {**rows[0], "ids": [99], "win_rate": gold, "teacher": True}]]
+def row_of(n, gold=True):
+    """A row of n responses of the student, ids 0 to n - 1, and the teacher's, 99."""
+    ys = [{"ids": [i], "text": str(i), "finished": True} for i in range(n)]
+    return {
+        "prompt_ids": [7],
+        "prompt": [],
+        "responses": [*ys, {**ys[0], "ids": [99], "teacher": True}] if gold else ys,
+    }
 
 
-def pairs_of(row, **settings):
-    rows, failed = make_pairs([{"prompt_ids": [7]}], row, Args(**settings))
-    return {(row["responses"][0]["ids"][0], row["responses"][1]["ids"][0]): row["kind"] for row in rows}, failed
-
-
-RULES = {"min_win_rate": 0.5, "win_rate_margin": 0.3}
+def pairs_of(rates, points=None, gold=True, **settings):
+    """{(chosen, rejected): kind} of candidates with these win rates, the teacher's last, or these points."""
+    ranked = {"win_rate": rates, "points": points} if points else {"win_rate": rates}
+    pairs = make_pairs([row_of(len(rates) - gold, gold)], [ranked], Args(**settings))
+    return {(pair["responses"][0]["ids"][0], pair["responses"][1]["ids"][0]): pair["kind"] for pair in pairs}
 
 
 def test_large_margin_pairs_on_a_literal_table():
-    pairs, failed = pairs_of(candidates(0.8, 0.6, 0.4, gold=0.75), **RULES)
-    assert pairs == {
+    assert pairs_of([0.8, 0.6, 0.4, 0.75]) == {
         (0, 1): "student_student",
         (0, 2): "student_student",
-        (1, 2): "student_student",
-        (99, 2): "teacher_student",  # by 0.35
+        (1, 2): "student_student",  # by 0.2, more than half of 0.3
+        (99, 2): "teacher_student",  # by 0.35; not 99 over 1, by 0.15, nor 0 over 99, by 0.05
     }
-    assert failed == {"within half of it": 1, "within --win_rate_margin": 1}  # 0 over gold by 0.05; gold over 1, 0.15
-    pairs, _ = pairs_of(candidates(0.9, 0.1, gold=0.5), **RULES)
-    assert pairs == {(0, 99): "student_teacher", (0, 1): "student_student", (99, 1): "teacher_student"}
-
-
-def test_a_positive_must_be_good_itself():
-    pairs, failed = pairs_of(candidates(0.45, 0.1, 0.0), **RULES)
-    assert pairs == {} and failed == {"below --min_win_rate": 3}
+    found = pairs_of([0.9, 0.1, 0.5])
+    assert found == {(0, 99): "student_teacher", (0, 1): "student_student", (99, 1): "teacher_student"}
+    assert pairs_of([0.45, 0.1, 0.0], gold=False) == {}  # a positive must be good itself
+    assert pairs_of([0.8, 0.6, 0.4, 0.75], min_score=0.7, margin=0.5) == {(0, 2): "student_student"}
 
 
 def test_restrictive_spin_and_all():
-    row = candidates(0.9, 0.1, gold=0.5)
-    assert pairs_of(row, **RULES, pairs="restrictive")[0] == {(99, 1): "teacher_student"}
-    spin = Args(pairs="spin", judge="nobody")  # nobody is asked
-    dno.rank([{}], row, spin)
-    assert pairs_of(row, **RULES, pairs="spin")[0] == {(99, 0): "teacher_student", (99, 1): "teacher_student"}
-    row[0][2]["finished"] = False  # a teacher that was cut
-    dno.rank([{}], row, spin)
-    assert pairs_of(row, **RULES, pairs="spin")[0] == {}
-    assert set(pairs_of(candidates(0.3, 0.2, 0.2), **RULES, pairs="all")[0]) == {(0, 1), (0, 2)}
-    assert pairs_of(candidates(0.3, 0.2, 0.2), pairs="all")[1] == {"tied": 1}
-
-
-def with_points(points, gold=None):
-    rows = candidates(*[0.5] * len(points), gold=gold and 0.5)
-    for y, value in zip(rows[0], [*points, gold], strict=False):
-        y["points"] = value
-    return rows
+    assert pairs_of([0.9, 0.1, 0.5], variant="restrictive") == {(99, 1): "teacher_student"}
+    spin, row = Args(variant="spin"), row_of(2)
+    ranked = dno.rank(None, [row], spin)  # nobody is asked
+    assert pairs_of(ranked[0]["win_rate"], variant="spin") == {(99, 0): "teacher_student", (99, 1): "teacher_student"}
+    row["responses"][2]["finished"] = False  # a teacher that was cut
+    assert dno.rank(None, [row], spin)[0]["win_rate"] == [0, 0, 0]
+    assert pairs_of([0, 0, 0], variant="spin") == {}
+    assert set(pairs_of([0.3, 0.2, 0.2], gold=False, variant="all")) == {(0, 1), (0, 2)}  # 1 and 2 tie
 
 
 def test_pairs_by_points_are_the_papers():
-    pairs, failed = pairs_of(with_points([6, 5, 4, 3], gold=6))
-    assert pairs == {
+    half = [0.5] * 5
+    assert pairs_of(half, points=[6, 5, 4, 3, 6]) == {
         (0, 1): "student_student",  # 5 or 6, and 1 better
         (0, 2): "student_student",
         (0, 3): "student_student",
         (1, 2): "student_student",
         (1, 3): "student_student",
-        (99, 2): "teacher_student",  # 2 better
+        (99, 2): "teacher_student",  # 2 better; not over 1
         (99, 3): "teacher_student",
     }
-    # 4 is no positive over 3; the teacher is better than 1 by one point only; 6 and 6
-    assert failed == {"below --min_score": 1, "within --margin": 1, "tied": 1}
-    pairs, failed = pairs_of(with_points([6, 5], gold=4), student_margin=2.0)
-    assert pairs == {(0, 99): "student_teacher"} and failed == {"within --student_margin": 2}
-    assert pairs_of(with_points([4, 1, 0], gold=4)) == ({}, {"below --min_score": 5, "tied": 1})
+    assert pairs_of(half[:3], points=[6, 5, 4], margin=4.0) == {(0, 99): "student_teacher"}
+    assert pairs_of(half[:4], points=[4, 1, 0, 4]) == {}
+    assert pairs_of(half[:3], points=[6, 1, math.nan]) == {}  # not judged
 
 
-def test_a_prompt_that_was_not_judged_makes_no_pair():
-    row = with_points([6, 1]) + with_points([None, None, None])
-    rows, failed = make_pairs([{"prompt_ids": [1]}, {"prompt_ids": [2]}], row, Args())
-    assert [pair["prompt_ids"] for pair in rows] == [[1]] and failed == {"not judged": 3}
+def test_truncated_responses_get_no_points():
+    class Judge:
+        def __call__(self, prompts, responses):
+            return torch.full((1, 3, 3), 0.5)
 
+        def points(self, prompts, responses):
+            return torch.tensor([[3.0, 6.0, 6.0]])
 
-def test_defective_responses_get_no_points(monkeypatch):
-    row = [{"ids": [i], "text": str(i), "finished": i != 1, "repeats": i == 2} for i in range(4)]
-    monkeypatch.setitem(common.JUDGES, "points", lambda: lambda prompts, texts: torch.tensor([[3.0, 6.0, 6.0, 6.0]]))
-    dno.rank([{"prompt": [{"role": "user", "content": "?"}]}], [row], Args(judge="points"))
-    assert [y["points"] for y in row] == [3, 0, 0, 6]
-    assert [y["win_rate"] for y in row] == pytest.approx([2 / 3, 1 / 6, 1 / 6, 1])
+    row = row_of(3, gold=False)
+    row["responses"][1]["finished"] = False
+    (ranked,) = dno.rank(Judge(), [row], Args())
+    assert ranked == {"win_rate": pytest.approx([3 / 4, 0, 3 / 4]), "points": [3, 0, 6]}
 
 
 def test_the_exact_loss_takes_every_pair_of_different_responses():
-    assert set(pairs_of(candidates(0.3, 0.2, 0.2), loss="exact")[0]) == {(0, 1), (0, 2), (1, 2)}
-    assert pairs_of(candidates(0.5, gold=0.5), loss="exact")[0] == {(99, 0): "teacher_student"}  # not the student's
-    same = [[{"ids": [1], "win_rate": 0.5}, {"ids": [1], "win_rate": 0.5}]]
-    assert pairs_of(same, loss="exact") == ({}, {"identical": 1})
+    assert set(pairs_of([0.3, 0.2, 0.2], gold=False, variant="exact")) == {(0, 1), (0, 2), (1, 2)}
+    assert pairs_of([0.5, 0.5], variant="exact") == {(99, 0): "teacher_student"}  # not the student's
+    same = row_of(2, gold=False)
+    same["responses"][1]["ids"] = [0]
+    assert make_pairs([same], [{"win_rate": [0.5, 0.5]}], Args(variant="exact")) == []
 
 
 @pytest.mark.parametrize(
@@ -254,71 +244,25 @@ def test_replay_proportions(new, earlier, sizes):
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def batch_of(tokenizer, n=6):
-    rng, rows = random.Random(3), []
-    for i in range(n):
-        x = tokenizer(f"<s>{'12' * (1 + i % 3)}=").input_ids
-        ys = [[*(rng.randrange(19, 29) for _ in range(rng.randint(1, 9))), 1] for _ in range(2)]
-        responses = [{"ids": y, "win_rate": w} for y, w in zip(ys, (0.8, 0.3), strict=True)]
-        rows.append({"prompt_ids": x, "responses": responses})
-    return rows
+@pytest.mark.parametrize("variant", ["dno", "exact"])
+def test_the_steps_are_those_of_the_equations(workdir, tiny, variant):
+    """DNO-Prct is DPO with the reference renewed: the loss as the DPO paper writes it, at eta = beta; exact: eq. 12."""
+    folder, _ = run(dno, **TWO, k=2, eta=0.5, sft_alpha=0.25, variant=variant)
+    pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
 
+    def value(policy, pair):
+        logps = log_pi(policy, pair)
+        h = logps - torch.tensor(pair["ref_logps"])
+        p = 1 / (1 + torch.exp(-0.5 * (h[0] - h[1])))
+        if variant == "dno":
+            return -torch.log(p) - 0.25 * logps[0]
+        z = 1 / (1 + math.exp(pair["win_rate"][1] - pair["win_rate"][0]))
+        return -z * torch.log(p) - (1 - z) * torch.log(1 - p)
 
-def reference(policy, rows):
-    for row in rows:
-        for y in row["responses"]:
-            y["ref_logps"] = common.response_logps(policy, [row["prompt_ids"]], [y["ids"]]).item()
-    return rows
-
-
-@pytest.mark.parametrize("loss", ["contrastive", "exact"])
-@pytest.mark.parametrize("shares", [True, False])
-def test_neither_micro_batches_nor_shared_prompts_change_a_step(tiny_cache, loss, shares, workdir):
-    results = []
-    for micro_tokens in (10**6, 1):
-        policy, tokenizer = common.load_policy("tiny")
-        rows = reference(policy, batch_of(tokenizer))
-        policy._shares_prompts = shares
-        with torch.no_grad():  # away from the reference, where the loss is log 2 whatever the batch
-            for p in policy.parameters():
-                p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        args = Args(loss=loss, micro_tokens=micro_tokens, eta=0.5, sft_alpha=0.1, exact_scale=3.0)
-        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        metrics = dno.train_step(policy, optimizer, scheduler, rows, args)
-        results.append((metrics, [p.clone() for p in policy.parameters()]))
-    (one, a), (other, b) = results
-    assert one == pytest.approx(other, rel=1e-4) and one["loss"] != pytest.approx(math.log(2), rel=1e-3)
-    for p, q in zip(a, b, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-3)
-
-
-def test_the_step_is_dpos_with_the_reference_renewed(workdir):
-    """DNO-Prct is DPO: one SGD step on the loss as the DPO paper writes it, at eta = beta, from log-softmax alone."""
-    policy, tokenizer = common.load_policy("tiny")
-    rows, beta, lr = reference(policy, batch_of(tokenizer)), 0.5, 0.05
-    with torch.no_grad():
-        for p in policy.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    twin, _ = common.load_policy("tiny")
-    twin.load_state_dict(policy.state_dict())
-
-    def log_pi(x, y):
-        logits = twin(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
-        return torch.log_softmax(logits, -1)[torch.arange(len(y)), torch.tensor(y)].sum()
-
-    total = 0
-    for row in rows:
-        x, (w, l) = row["prompt_ids"], row["responses"]  # noqa: E741
-        ratio_w, ratio_l = log_pi(x, w["ids"]) - w["ref_logps"], log_pi(x, l["ids"]) - l["ref_logps"]
-        total = total + torch.log1p(torch.exp(-(beta * ratio_w - beta * ratio_l))) / len(rows)
-    total.backward()
-    optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    args = Args(eta=beta, sft_alpha=0.0, max_grad_norm=1e6)
-    assert dno.train_step(policy, optimizer, scheduler, rows, args)["loss"] == pytest.approx(total.item(), rel=1e-5)
-    for p, q in zip(policy.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q - lr * q.grad, atol=1e-6, rtol=1e-4)
+    found, policy = two_steps(tiny, pairs, value, TWO["learning_rate"])
+    assert [step["loss"] for step in steps] == pytest.approx([loss for loss, _ in found], rel=2e-3)
+    assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in found], rel=2e-3)
+    assert distance(folder / "iter_1/policy", policy) < 1e-3
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -326,103 +270,60 @@ def test_the_step_is_dpos_with_the_reference_renewed(workdir):
 FEW = {"limit": 60, "n_eval": 12, "iterations": 2, "epochs": 1, "k": 3}
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"loss": "exact", "eta": 0.5}, {"pairs": "restrictive"}, {"pairs": "spin"}, {"pairs": "all"}, {"gold": ""}],
-    ids=str,
-)
-def test_every_variant_runs(workdir, capsys, settings):
-    table = dno.main(Args(name="x", **FEW, **settings))
-    pairs = [lines(workdir / "runs" / "x" / f"iter_{t}" / "pairs.jsonl") for t in (1, 2)]
+@pytest.mark.parametrize("settings", [{}, {"variant": "exact"}, {"variant": "spin"}, {"gold": ""}], ids=str)
+def test_every_variant_runs(workdir, settings):
+    folder, table = run(dno, **FEW, **settings)
+    pairs = [lines(folder / f"iter_{t}" / "pairs.jsonl") for t in (1, 2)]
     kinds = {pair["kind"] for pair in pairs[0]}
     assert len(table) == 3 and table[2]["replayed"] > 0 and table[1]["replayed"] == 0
-    assert (
-        table[1]["pairs"]
-        == len(pairs[0])
-        == sum(table[1][f"{k}"] for k in ("teacher_student", "student_teacher", "student_student"))
-    )
-    if settings.get("pairs") in ("restrictive", "spin"):
+    assert table[1]["pairs"] == len(pairs[0]) == sum(table[1][kind] for kind in kinds)
+    assert table[2]["pairs"] == len(pairs[1]) + table[2]["replayed"]
+    if settings.get("variant") == "spin":
         assert kinds == {"teacher_student"}
     if settings.get("gold") == "":
-        assert kinds == {"student_student"} and "no --gold: pairs are of the student's" in capsys.readouterr().out
-    policy, _ = common.load_policy(str(workdir / "runs" / "x" / "iter_1" / "policy"))
-    for pair in pairs[1][:5] + pairs[1][-5:]:  # new and replayed: the reference is pi_2 for both
-        for y in pair["responses"]:
-            right = common.response_logps(policy, [pair["prompt_ids"]], [y["ids"]]).item()
-            assert y["ref_logps"] == pytest.approx(right, abs=1e-3)
+        assert kinds == {"student_student"}
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "iter_1/policy")
+    with torch.no_grad():
+        for pair in pairs[1][:5]:  # the reference is pi_2
+            torch.testing.assert_close(torch.tensor(pair["ref_logps"]), log_pi(policy, pair), atol=1e-3, rtol=0)
 
 
-def test_gold_of_a_file_missing_for_some(workdir, capsys):
+def test_replayed_pairs_have_the_new_policy_as_reference(workdir, monkeypatch):
+    """Their log-probs of iteration 1 stand in pairs.jsonl, and are not what iteration 2 trains on."""
+    seen, add = [], dno.add_logps
+
+    def spy(policy, pairs, name, *more):
+        add(policy, pairs, name, *more)
+        seen.append([(pair["prompt_ids"], pair["responses"], list(pair[name])) for pair in pairs])
+
+    monkeypatch.setattr(dno, "add_logps", spy)
+    folder, table = run(dno, **FEW)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "iter_1/policy")
+    x, ys, logps = seen[1][-1]  # replayed ones are last
+    assert table[2]["replayed"] > 0 and x in [pair["prompt_ids"] for pair in lines(folder / "iter_1/pairs.jsonl")]
+    with torch.no_grad():
+        right = log_pi(policy, {"prompt_ids": x, "responses": ys})
+    torch.testing.assert_close(torch.tensor(logps), right, atol=1e-3, rtol=0)
+
+
+def test_prompts_that_the_teacher_does_not_answer_are_left_out_and_counted(workdir, capsys):
     prompts = [str(n) for n in range(312, 372)]
-    common.write_jsonl("p.jsonl", [{"prompt": x} for x in prompts])
-    common.write_jsonl("g.jsonl", [{"instruction": x, "output": "".join(sorted(x))} for x in prompts[:30]])
-    dno.main(Args(name="x", prompts="p.jsonl", gold="g.jsonl", **{**FEW, "iterations": 1}))
-    rates = [row["win_rate"] for row in lines(workdir / "runs" / "x" / "iter_1" / "preferences.jsonl")]
-    missing = sum(len(row) == 3 for row in rates)
-    assert 0 < missing < len(rates) == 48 and all(sum(row) == pytest.approx(len(row) / 2) for row in rates)
-    assert f"--gold: missing for {missing} of 48 prompts" in capsys.readouterr().out
+    common.write_jsonl(workdir / "p.jsonl", [{"prompt": x} for x in prompts])
+    gold = [{"instruction": x, "output": "".join(sorted(x))} for x in prompts[:30]]
+    common.write_jsonl(workdir / "g.jsonl", gold)
+    folder, _ = run(dno, prompts="p.jsonl", gold="g.jsonl", **{**FEW, "iterations": 1})
+    rates = [row["win_rate"] for row in lines(folder / "iter_1/preferences.jsonl")]
+    assert 0 < len(rates) < 48 and all(sum(row) == pytest.approx(2) for row in rates)  # 4 candidates, 1/2 each
+    assert f"--gold g.jsonl: {48 - len(rates)} of 48 prompts left out" in capsys.readouterr().out
 
 
-def test_gold_of_ultrafeedback_is_gpt_4s(tmp_path):
-    row = {
-        "instruction": "q",
-        "completions": [{"model": "gpt-4", "response": "best"}, {"model": "x", "response": "no"}],
-    }
-    common.write_jsonl(tmp_path / "g.jsonl", [row, {"instruction": "r", "completions": [row["completions"][1]]}])
-    (gold,) = common.load_gold(str(tmp_path / "g.jsonl")).values()
-    assert gold == {"prompt": [{"role": "user", "content": "q"}], "gold": "best"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--eta", "0"], "--eta 0.0: must be between"),
-        (["--replay", "1"], "--replay 1.0: must be in [0, 1)"),
-        (["--pairs", "spin", "--gold", ""], "--pairs spin: its pairs are won by a teacher, so it takes --gold"),
-        (["--margin", "nan"], "--margin nan: must be in [0, 6]"),
-        (["--sft_alpha", "-1"], "--sft_alpha -1.0"),
-        (["--gold", "none.jsonl"], "--gold none.jsonl: no such file"),
-        (["--gold", "bad.jsonl"], "--gold bad.jsonl, line 1: no gold; keys found: prompt"),
-        (["--loss", "some"], "--loss"),
-        (["--pairs", "extremes"], "--pairs"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(workdir, capsys, flags, words):
-    (workdir / "bad.jsonl").write_text('{"prompt": "12"}\n')
-    with pytest.raises(SystemExit) as end:
-        common.cli(dno.main, Args, dno.RECIPES, dno.__doc__, ["--limit", "40", "--n_eval", "8", *flags])
+def test_margins_that_nothing_passes_end_the_run_in_one_line(workdir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(dno, margin=1.0, min_score=1.0, **FEW)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and words in said
-    assert [path.name for path in (workdir / "runs").iterdir() if not path.name.startswith("tiny-")] == []
-
-
-def test_margins_that_nothing_passes_are_named(workdir):
-    with pytest.raises(
-        common.InputError, match=r"iteration 1: no pair; of all that there are \d+ below --min_win_rate"
-    ):
-        dno.main(Args(name="x", win_rate_margin=1.0, min_win_rate=1.0, **FEW))
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "--margin" in said
 
 
 def test_recipes_name_arguments_that_exist():
     assert set(dno.RECIPES) - {"tiny", "other"} <= set(common.MODELS)
-    for recipe in dno.RECIPES.values():
-        common.check_args(Args(**recipe))
-
-
-def test_scored_responses_need_neither_judge_nor_teacher(workdir):
-    once = {**FEW, "iterations": 1}
-    dno.main(Args(name="x", **once))
-    rows = lines(workdir / "runs" / "x" / "iter_1" / "responses.jsonl")
-    for row in rows:
-        row["responses"] = [{**y, "score": float(i)} for i, y in enumerate(row["responses"])]
-    common.write_jsonl("scored.jsonl", rows)
-    with pytest.raises(common.InputError, match="they have scores, which a teacher's has not; give --gold ''"):
-        dno.main(Args(name="y", responses="scored.jsonl", **once))
-    dno.main(Args(name="y", responses="scored.jsonl", gold="", **once))
-    for pair in lines(workdir / "runs" / "y" / "iter_1" / "pairs.jsonl"):
-        chosen, rejected = pair["responses"]
-        assert chosen["score"] > rejected["score"] and pair["kind"] == "student_student"
+    assert all(set(recipe) <= set(vars(Args())) for recipe in dno.RECIPES.values())

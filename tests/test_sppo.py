@@ -1,13 +1,16 @@
-import copy
+"""SPPO: its loss by hand and on a game with a known equilibrium, its pairs, its steps as the paper writes them."""
+
+import json
 import math
 
 import pytest
 import torch
-from transformers import get_constant_schedule
+import transformers
+from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import common
-from sppo import RECIPES, Args, log_partition, make_pairs, sppo_loss, train_step, win_rates
-from test_logps import PROMPTS, RESPONSES, gpt2, llama
+import sppo
+from sppo import RECIPES, Args, log_partition, make_pairs, official_prefs, sppo_loss, win_rates
 
 
 def tensor(*values):
@@ -132,15 +135,14 @@ def responses(*ids):
 
 
 def pairs_of(prefs, ids=((1,), (2,), (3,)), **args):
-    prefs = torch.tensor([prefs])
-    prompt = [{"prompt": [], "prompt_ids": [7]}]
-    return [[y["ids"][0] for y in row["responses"]] for row in make_pairs(prompt, responses(*ids), prefs, Args(**args))]
+    rows = [{"prompt": [], "prompt_ids": [7], "responses": responses(*ids)[0]}]
+    return [[y["ids"][0] for y in row["responses"]] for row in make_pairs(rows, torch.tensor([prefs]), Args(**args))]
 
 
 def test_pairs_are_the_best_and_the_worst():
     prefs = [[0.5, 0.2, 0.6], [0.8, 0.5, 0.9], [0.4, 0.1, 0.5]]
     assert pairs_of(prefs) == [[2, 3]]
-    assert pairs_of(prefs, pairs="all") == [[2, 1, 3]]
+    assert pairs_of(prefs, pairing="all") == [[2, 1, 3]]
 
 
 def test_best_and_worst_go_by_the_mean_score_not_by_the_mean_probability():
@@ -159,100 +161,105 @@ def test_nothing_preferred_or_nothing_different_makes_no_pair():
     assert pairs_of(clear) == [[1, 3]]
 
 
-def test_pairs_carry_log_z():
-    prefs = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]])
-    half, estimate = (
-        make_pairs([{"prompt_ids": [7]}], responses([1], [2]), prefs, Args(eta=4.0, log_z=z))
-        for z in ("half", "estimate")
+def test_pairs_carry_their_targets_and_log_z():
+    prefs, rows = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), [{"responses": responses([1], [2])[0]}]
+    half, estimate, hard = (
+        make_pairs(rows, prefs, Args(eta=4.0, **more))[0] for more in ({}, {"log_z": "estimate"}, {"targets": "hard"})
     )
-    assert half[0]["log_z"] == 2.0
-    assert estimate[0]["log_z"] == pytest.approx(math.log((math.exp(3) + math.exp(1)) / 2))
+    assert half["win_rate"] == [0.75, 0.25] and half["log_z"] == [2.0, 2.0]
+    assert estimate["log_z"] == pytest.approx([math.log((math.exp(3) + math.exp(1)) / 2)] * 2)
+    assert hard["win_rate"] == [1.0, 0.0]  # eq. 4.12
 
 
-# The step ------------------------------------------------------------------------------------------------------------
+def test_official_prefs_are_those_of_the_scores_of_the_official_code():
+    """PairRM's rank gives each response the mean over k of M(y, y_k) - M(y_k, y); P is the sigmoid of a difference."""
+    logits = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0)) * (1 - torch.eye(4))  # M
+    scores = [[sum(float(m[i, k] - m[k, i]) for k in range(4)) / 4 for i in range(4)] for m in logits]
+    theirs = [[[1 / (1 + math.exp(b - a)) for b in row] for a in row] for row in scores]
+    mine = official_prefs(torch.sigmoid((logits - logits.mT) / 2))  # of this project's P
+    torch.testing.assert_close(mine, torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
-def batch_for(policy):
-    """Four rows of two responses each with the policy's own log-probs as reference."""
-    second = [[*row[::-1], 2] for row in RESPONSES]
-    rows = []
-    for x, *ys in zip(PROMPTS, RESPONSES, second, strict=True):
-        logps = common.score(policy, [x, x], ys, 10_000).tolist()
-        chosen = [{"ids": y, "ref_logps": p, "win_rate": w} for y, p, w in zip(ys, logps, (0.8, 0.3), strict=True)]
-        rows.append({"prompt_ids": x, "responses": chosen, "log_z": 1.0})
-    return rows
+# Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def step(policy, batch, **args):
-    args = Args(eta=2.0, **args)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
-    return train_step(policy, optimizer, get_constant_schedule(optimizer), batch, args)
+@pytest.mark.parametrize("settings", [{}, {"pairing": "all", "log_z": "estimate"}, {"targets": "hard"}], ids=str)
+def test_the_steps_minimise_eq_47_as_written_from_the_paper(workdir, tiny, settings):
+    folder, _ = run(sppo, **TWO, eta=2.0, **settings)
+    pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        for pair in pairs[:5]:  # pi_t is the start
+            torch.testing.assert_close(torch.tensor(pair["ref_logps"]), log_pi(reference, pair), atol=1e-3, rtol=0)
+
+    def value(policy, pair):
+        h = log_pi(policy, pair) - torch.tensor(pair["ref_logps"])
+        log_z = torch.tensor(pair["log_z"]) if "log_z" in settings else 1.0  # eta / 2
+        return ((h - (2.0 * torch.tensor(pair["win_rate"]) - log_z)) ** 2).mean()
+
+    found, policy = two_steps(tiny, pairs, value, TWO["learning_rate"])
+    assert [step["loss"] for step in steps] == pytest.approx([loss for loss, _ in found], rel=2e-3)
+    assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in found], rel=2e-3)
+    assert distance(folder / "iter_1/policy", policy) < 1e-3
+    assert abs(steps[0]["chosen_log_ratio"]) < 1e-4 < abs(steps[1]["chosen_log_ratio"])
+    assert [step["epoch"] for step in steps] == [1, 2] and [step["step"] for step in steps] == [1, 2]
+    assert [step["learning_rate"] for step in steps] == pytest.approx([1e-4, 5e-5])
 
 
-def test_the_first_step_starts_from_log_ratio_zero_even_with_dropout():
-    policy = gpt2(dropout=0.5)
-    metrics = step(policy, batch_for(policy), micro_tokens=10_000)
-    assert abs(metrics["chosen_log_ratio"]) < 1e-5 and abs(metrics["rejected_log_ratio"]) < 1e-5
-    assert metrics["loss"] == pytest.approx(((2 * 0.3) ** 2 + (2 * 0.2) ** 2) / 2, rel=1e-4)  # (eta (w - 1/2))^2
+def test_micro_batches_change_nothing(workdir):
+    few = {**TWO, "batch_size": 8}
+    one, many = (run(sppo, name, micro_tokens=n, **few)[0] for name, n in (("one", 10**6), ("many", 1)))
+    for a, b in zip(lines(one / "iter_1/steps.jsonl"), lines(many / "iter_1/steps.jsonl"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    right = transformers.AutoModelForCausalLM.from_pretrained(one / "final").double()
+    assert distance(many / "final", right) < 1e-3
 
 
-def test_the_step_minimises_eq_47_as_written_from_the_paper():
-    """Against an independent float64 loop: one token after another, squares, one mean, its gradient."""
-    policy = llama()
-    batch = batch_for(policy)
-    for row in batch:
-        for response in row["responses"]:
-            response["ref_logps"] -= 0.7  # as if the policy had moved
-    right = copy.deepcopy(policy).double()
-    terms = []
-    for row in batch:
-        for response in row["responses"]:
-            log_pi = 0.0
-            for n, token in enumerate(response["ids"]):
-                before = row["prompt_ids"] + response["ids"][:n]
-                log_pi = log_pi + right(torch.tensor([before])).logits[0, -1].softmax(-1)[token].log()
-            terms.append((log_pi - response["ref_logps"] - 2.0 * (response["win_rate"] - 0.5)) ** 2)
-    loss = sum(terms) / len(terms)
-    loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in right.parameters()))
-    metrics = step(policy, batch, max_grad_norm=1e9)
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    for mine, p in zip(policy.parameters(), right.parameters(), strict=True):
-        torch.testing.assert_close(mine.double(), p - 0.01 * p.grad, atol=1e-4, rtol=1e-3)
+def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
+    with pytest.raises(SystemExit) as stopped:
+        common.cli(sppo.main, Args, RECIPES, "", ["--limit", "40", "--n_eval", "4", "--name", "x"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "lower --learning_rate" in said
 
 
-def test_neither_micro_batches_nor_order_change_the_step():
-    results = []
-    for micro_tokens, order in ((1, 1), (20, 1), (10_000, 1), (10_000, -1)):
-        policy = llama()
-        metrics = step(policy, batch_for(policy)[::order], micro_tokens=micro_tokens)
-        results.append((metrics["loss"], torch.cat([p.detach().flatten() for p in policy.parameters()])))
-    for loss, weights in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-5)
-        torch.testing.assert_close(weights, results[0][1], atol=1e-5, rtol=1e-4)
+# Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_hard_targets_replace_the_win_rates():
-    policy = llama()
-    metrics = step(policy, batch_for(policy), targets="hard")
-    assert metrics["loss"] == pytest.approx(1.0, rel=1e-4)  # (2 (1 - 1/2))^2 and (2 (0 - 1/2))^2
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
-    policy = llama()
-    batch = batch_for(policy)
-    batch[0]["responses"][0]["win_rate"] = float("nan")
-    before = copy.deepcopy(policy.state_dict())
-    with pytest.raises(RuntimeError, match="non-finite"):
-        step(policy, batch)
-    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+def test_the_run_folder_holds_what_the_readme_says(workdir):
+    (workdir / "mine.jsonl").write_text(json.dumps({"prompt": "9898"}))
+    settings = {"limit": 80, "n_eval": 16, "iterations": 2, "k": 3, "epochs": 1, "eval_prompts": "mine.jsonl"}
+    folder, table = run(sppo, **settings)
+    assert lines(folder / "metrics.jsonl") == table and [row["iterate"] for row in table] == [0, 1, 2]
+    assert list(json.loads((folder / "config.json").read_text()))[: len(vars(Args()))] == list(vars(Args()))
+    for t in (1, 2):
+        files = {path.name for path in (folder / f"iter_{t}").iterdir()}
+        names = {"responses", "preferences", "pairs", "steps", "answers"}
+        assert files == {f"{name}.jsonl" for name in names} | {"outputs.json", "policy"}
+        rows = lines(folder / f"iter_{t}/responses.jsonl")
+        assert len(rows) == 32 and all(len(row["responses"]) == 3 for row in rows)
+    parts = [{row["prompt"][0]["content"] for row in lines(folder / f"iter_{t}/responses.jsonl")} for t in (1, 2)]
+    held_out = {row["prompt"][0]["content"] for row in lines(folder / "iter_0/answers.jsonl")}
+    assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & held_out and len(held_out) == 16
+    assert table[2]["step"] == len(lines(folder / "iter_1/steps.jsonl")) + len(lines(folder / "iter_2/steps.jsonl"))
+    best = max(table[1:], key=lambda row: row["wins_vs_start"])["iterate"]
+    assert (folder / "final").resolve() == (folder / f"iter_{best}/policy").resolve()
+    (row,) = json.loads((folder / "outputs.json").read_text())
+    assert row["instruction"] == "9898" and row["generator"] == "x"
+    common.load_policy(str(folder / "final"))
+    # the matrix of wins: those of the newest iterate against each earlier one, and 1/2 against its own answers
+    judge, answers = common.DigitsJudge(), [lines(folder / f"iter_{t}/answers.jsonl") for t in range(3)]
+    both = [
+        {**new, "responses": [old["responses"][0], new["responses"][0]]} for old, new in zip(*answers[1:], strict=True)
+    ]
+    wins = common.preferences(judge, both)[:, 1, 0].mean().item()
+    assert table[2]["wins_vs_each"] == pytest.approx([table[2]["wins_vs_start"], wins], abs=1e-5)
 
 
 def test_recipes_name_arguments_and_models_that_exist():
     for name, recipe in RECIPES.items():
         assert name == "other" or name in common.MODELS
-        common.check_args(Args(**recipe))
+        assert set(recipe) <= set(vars(Args()))
     paper = Args(**RECIPES["mistral-7b"])
     assert (paper.k, paper.eta, paper.iterations, paper.learning_rate, paper.batch_size) == (5, 1e3, 3, 5e-7, 64)
     assert (paper.temperature, paper.top_p, paper.epochs, paper.warmup_ratio) == (1.0, 1.0, 1, 0.1)
