@@ -721,14 +721,18 @@ def as_messages(value):
 
 
 def as_answer(value):
-    """Text, or the last turn of a transcript or of messages -> text."""
-    return as_messages(value)[-1]["content"]
+    """Text, or the assistant's last turn of a transcript or of messages -> text."""
+    turns = as_messages(value)
+    if turns[-1]["role"] != "assistant" and turns[0]["content"] != value:
+        raise ValueError("an answer that does not end with the assistant's turn")
+    return turns[-1]["content"]
 
 
 def read_prompt(row):
     """The prompt of a row as messages; None where it is empty or does not end with the user's turn."""
     if "prompt" in row:
         prompt = as_messages(row["prompt"])
+        prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
     elif "instruction" in row:
         prompt = as_messages("\n\n".join(filter(None, (row["instruction"], row.get("input")))))
     else:

@@ -210,9 +210,10 @@ def digit_pairs(n, seed):
 
 
 def read_pair(row):
-    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; None without use."""
+    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; None where it is no pair."""
     prompt, chosen, rejected = read_prompt(row), as_answer(row["chosen"]), as_answer(row["rejected"])
-    if not prompt or not chosen.strip() or not rejected.strip() or chosen == rejected:
+    same = "prompt" in row or prompt == read_prompt({"chosen": row["rejected"]})
+    if not prompt or not same or not chosen.strip() or not rejected.strip() or chosen == rejected:
         return None
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if "score_chosen" in row and "score_rejected" in row:

@@ -1,3 +1,5 @@
+"""PairRM against an independent writing of its description, on a toy with the published layout."""
+
 import json
 import random
 
@@ -8,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DebertaV2Config
 
 import common
-from common import InputError, PairRM, pairwise_prefs, rank_scores, score_prefs
+from common import PairRM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789?!,.'|<>[]/"
 CONTROL = ["[MASK]", "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -52,6 +53,10 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairrm")
     build(folder)
     return folder
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
 def words(rng, n):
@@ -96,7 +101,7 @@ def logits_of_the_model_card(judge, source, first, second):
 @torch.no_grad()
 def test_pair_logits_are_those_of_the_description(toy, b):
     judge, (sources, candidates) = PairRM(str(toy)), some_text()
-    logits = judge.pair_logits([sources[b]], [candidates[b]])[0]
+    logits = judge.pair_logits([user(sources[b])], [candidates[b]])[0]
     assert torch.equal(logits.diagonal(), torch.zeros(3))
     lengths = []
     for i, j in ((0, 1), (1, 0), (1, 2)):
@@ -110,56 +115,38 @@ def test_pair_logits_are_those_of_the_description(toy, b):
 def test_no_result_depends_on_what_else_is_asked(toy):
     judge = PairRM(str(toy))
     sources, candidates = some_text()
-    together = judge.pair_logits(sources, candidates)
+    together = judge.pair_logits(list(map(user, sources)), candidates)
     for b, (source, texts) in enumerate(zip(sources, candidates, strict=True)):
-        torch.testing.assert_close(judge.pair_logits([source], [texts])[0], together[b], atol=1e-5, rtol=0)
-        two = judge.pair_logits([source], [[texts[2], texts[0]]])[0]  # another K, another order
+        torch.testing.assert_close(judge.pair_logits([user(source)], [texts])[0], together[b], atol=1e-5, rtol=0)
+        two = judge.pair_logits([user(source)], [[texts[2], texts[0]]])[0]  # another K, another order
         torch.testing.assert_close(two[0, 1], together[b, 2, 0], atol=1e-5, rtol=0)
-
-
-def test_shapes_that_do_not_fit_are_refused(toy):
-    for prompts, responses in (("light", [["a", "b"]]), (["light"], [["a"], ["b"]]), (["a", "b"], [["a", "b"], ["c"]])):
-        with pytest.raises(ValueError, match="as many texts each"):
-            PairRM(str(toy))(prompts, responses)
 
 
 def test_many_short_pairs_in_one_batch(toy, monkeypatch):
     judge = PairRM(str(toy))
     sources, candidates = some_text(long=False)
-    logits = judge.pair_logits(sources, candidates)
+    logits = judge.pair_logits(list(map(user, sources)), candidates)
     monkeypatch.setattr(common, "PAIRRM_SCORES", 1)  # each row alone
-    torch.testing.assert_close(judge.pair_logits(sources, candidates), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(judge.pair_logits(list(map(user, sources)), candidates), logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("preference", ["pairwise", "official"])
-def test_preferences_are_probabilities_and_half_where_nothing_differs(toy, preference):
-    judge = PairRM(str(toy), preference=preference)
-    prefs = judge(["light"] * 2, [["river", "river", "code", " river "], ["a", "b", "", "zzz"]])
+def test_preferences_are_probabilities_and_half_where_nothing_differs(toy):
+    judge = PairRM(str(toy))
+    prefs = judge([user("light")] * 2, [["river", "river", "code", " river "], ["a", "b", "", "zzz"]])
     assert prefs.shape == (2, 4, 4) and prefs.dtype == torch.float32
     torch.testing.assert_close(prefs + prefs.mT, torch.ones(2, 4, 4), atol=1e-6, rtol=0)
     assert torch.equal(prefs.diagonal(dim1=1, dim2=2), torch.full((2, 4), 0.5))
     same = prefs[0][[0, 0, 1]][:, [0, 1, 3]]
     assert torch.equal(same, torch.full((3, 3), 0.5))  # exactly
     assert (prefs[0, 0, 2] - 0.5).abs() > 1e-3
-    sharper = PairRM(str(toy), preference=preference, temperature=0.5)(["light"], [["river", "code"]])[0]
-    plain = PairRM(str(toy), preference=preference)(["light"], [["river", "code"]])[0]
-    torch.testing.assert_close(torch.logit(sharper), 2 * torch.logit(plain))
 
 
-def test_a_cycle_stays_one_in_pairwise_and_is_lost_in_official():
-    """Rock, scissors, paper: each logit is 2 one way and -2 the other, so P is sigmoid(2); all scores are equal."""
+def test_a_cycle_stays_a_cycle(toy, monkeypatch):
+    """Rock, scissors, paper: each logit is 2 one way and -2 the other, so P is sigmoid(2)."""
     logits = torch.tensor([[[0.0, 2, -2], [-2, 0, 2], [2, -2, 0]]])
-    prefs = pairwise_prefs(logits)[0]
+    monkeypatch.setattr(PairRM, "pair_logits", lambda *_: logits)
+    prefs = PairRM(str(toy))([], [])[0]
     assert prefs[0, 1].item() == prefs[1, 2].item() == prefs[2, 0].item() == pytest.approx(0.8807971)
-    assert torch.equal(score_prefs(rank_scores(logits))[0], torch.full((3, 3), 0.5))
-
-
-def test_rank_scores_and_preferences_by_hand():
-    logits = torch.tensor([[[0.0, 3.0], [1.0, 0.0]]])  # M12 = 3, M21 = 1: (3 - 1) / 2 = 1 over n = 2
-    assert rank_scores(logits).tolist() == [[1.0, -1.0]]
-    assert pairwise_prefs(logits)[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828**-1))
-    assert score_prefs(rank_scores(logits))[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828**-2))
-    assert score_prefs(rank_scores(logits), 4.0)[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828**-0.5))
 
 
 HOSTILE = [
@@ -178,38 +165,27 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text)[:20])
 def test_user_text_is_text(toy, text):
     judge = PairRM(str(toy))
-    ids = judge.encode([text])[0]
+    ids = judge.encode(text)
     control = {i for i, t in judge.tokenizer.added_tokens_decoder.items() if t.content != "[UNK]"}
     assert not control & set(ids)
-    prefs = judge([text, "river", "river"], [["a", "b", text], [text, "bad", "good"], ["good", text, "a"]])
+    prefs = judge(
+        list(map(user, [text, "river", "river"])), [["a", "b", text], [text, "bad", "good"], ["good", text, "a"]]
+    )
     assert prefs.isfinite().all()
     assert prefs[1, 0, 2].item() == pytest.approx(prefs[2, 1, 0].item(), abs=1e-5)
 
 
-def test_control_strings_are_still_read_as_text(toy):
+def test_control_strings_leave_nothing_behind(toy):
     judge = PairRM(str(toy))
-    assert judge.tokenizer.decode(judge.encode(["<|source|>"])[0]).replace(" ", "") == "<|source|>"
-    assert judge.encode(["a[SEP]b"]) == judge.encode(["a b"])
+    assert judge.encode("<|source|>") == [] and judge.encode("a[SEP]b") == judge.encode("a b")
 
 
 def test_a_conversation_is_rendered_as_text():
-    assert common.plain_text("light?") == common.plain_text([{"role": "user", "content": "light?"}]) == "light?"
+    assert common.plain_text(user("light?")) == "light?"
     talk = [
         {"role": r, "content": c} for r, c in (("system", "brief"), ("user", "a"), ("assistant", "b"), ("user", "c"))
     ]
     assert common.plain_text(talk) == "SYSTEM: brief\n\nUSER: a\n\nASSISTANT: b\n\nUSER: c"
-
-
-def test_bf16_stays_close_and_float32_takes_over_where_it_does_not(toy, capsys, monkeypatch):
-    sources, candidates = some_text(long=False)
-    exact = PairRM(str(toy)).pair_logits(sources, candidates)
-    judge = PairRM(str(toy), dtype=torch.bfloat16)
-    rough = judge.pair_logits(sources, candidates)
-    assert 1e-5 < (rough - exact).abs().max() < 0.1 and judge.dtype == torch.bfloat16
-    judge = PairRM(str(toy), dtype=torch.bfloat16)
-    judge.net.head_layer[4].weight.data *= 100
-    judge.pair_logits(sources, candidates)
-    assert judge.dtype == torch.float32 and "it goes on in float32" in capsys.readouterr().out
 
 
 def test_the_real_size_has_the_published_tensors_and_parameters():
@@ -217,7 +193,7 @@ def test_the_real_size_has_the_published_tensors_and_parameters():
     with torch.device("meta"):
         net = common.PairRMNet(DebertaV2Config(**large, **DEBERTA, vocab_size=128005, position_buckets=256))
     assert len(net.state_dict()) == 394
-    assert sum(p.numel() for p in net.parameters()) == 436_014_081 == common.PAIRRM_BYTES // 4
+    assert sum(p.numel() for p in net.parameters()) == 436_014_081
     heads = {name: tuple(p.shape) for name, p in net.state_dict().items() if name.startswith("head_layer")}
     assert heads == {
         "head_layer.1.weight": (1024, 2048),
@@ -247,65 +223,24 @@ def broken(toy, tmp_path):
     return change
 
 
-def refusal(name):
-    with pytest.raises(InputError) as error:
-        PairRM(name)
-    return str(error.value)
+def test_what_is_no_pairrm_is_refused(broken, tiny, tmp_path, capsys):
+    def refusal(name):
+        with pytest.raises(SystemExit) as stopped:
+            PairRM(name)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and f"--judge {name}" in said
+        return said
 
-
-def test_a_missing_tensor_is_named(broken):
-    name = broken(lambda weights: weights.pop("head_layer.4.bias"))
-    assert refusal(name) == f"--judge {name}: not the weights of PairRM: missing tensor head_layer.4.bias; 1 in all"
-
-
-@pytest.mark.parametrize("extra", ["pooler.weight", "pretrained_model.embeddings.position_embeddings.weight"])
-def test_an_unexpected_tensor_is_named(broken, extra):
-    name = broken(lambda weights: weights.update({extra: torch.zeros(3)}))
-    assert f"unexpected tensor {extra}" in refusal(name)
-
-
-def test_a_tensor_of_another_shape(broken):
-    name = broken(lambda weights: weights.update({"head_layer.1.bias": torch.zeros(3)}))
-    assert "misshapen tensor ('head_layer.1.bias', torch.Size([3])" in refusal(name)
-
-
-def test_folders_and_ids_that_are_no_pairrm(tiny_cache, tmp_path, broken):
-    policy = str(next(tiny_cache.glob("tiny-*")))
-    assert "its config.json is not that of llm-blender/PairRM-hf" in refusal(policy)
-    assert refusal(str(tmp_path / "none")).endswith("no such file or folder")
-    for name in ("llm-blender/PairRM", "llm-blender/PairRM-hf"):
-        assert refusal(name).startswith("--judge llm-blender/PairRM-hf: no such folder here, and the hub, where its c")
-    name = broken(lambda weights: None)
+    assert "lacks head_layer.4.bias" in refusal(broken(lambda weights: weights.pop("head_layer.4.bias")))
+    bias = torch.zeros(3)
+    assert "no PairRM like" in refusal(broken(lambda weights: weights.update({"head_layer.1.bias": bias})))
+    assert "no PairRM like" in refusal(str(tiny))
+    assert "no PairRM like" in refusal("llm-blender/PairRM-hf")  # the hub is away
+    assert "give digits, pairrm, llm" in refusal("some judge")
+    name = broken(lambda weights: weights.update({"head_layer.1.bias": torch.zeros(32)}))
     for file in (tmp_path / "broken").glob("tokenizer*"):
         file.unlink()
-    assert refusal(name).startswith(f"--judge {name}: ")
-
-
-@pytest.mark.parametrize("mark", ["cls_token", "sep_token", "pad_token"])
-def test_a_tokenizer_with_other_marks(broken, tmp_path, mark):
-    name = broken(lambda weights: None)
-    file = tmp_path / "broken" / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), mark: "light"}))
-    assert "its tokenizer is not PairRM's: " in refusal(name)
-
-
-def test_pickles_are_not_read(broken, tmp_path):
-    name = broken(lambda weights: None)
-    weights = load_file(tmp_path / "broken" / "model.safetensors")
-    (tmp_path / "broken" / "model.safetensors").unlink()
-    torch.save(weights, tmp_path / "broken" / "pytorch_model.bin")
-    assert "safetensors" in refusal(name)
-
-
-def test_the_command_that_checks_weights(toy, capsys):
-    with pytest.raises(SystemExit) as end:
-        common.main(["pairrm", str(toy)])
-    assert end.value.code == 1
-    said = capsys.readouterr().out
-    assert "published 1.9003, here " in said and "published -1.2547, here " in said and "not the published" in said
-    with pytest.raises(SystemExit) as end:
-        common.main(["pairrm", "nothing"])
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    refusal(name)
 
 
 def test_the_toy_is_saved_in_the_published_layout(toy):
