@@ -341,7 +341,9 @@ def check_fit(args):
     )  # a checkpoint and the next one beside it
     free = shutil.disk_usage(".").free
     sampling, training, disk, have, free = (x / 1e9 for x in (sampling, training, disk, have, free))
-    print(f"{n:,} weights: {sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here; {disk:.1f} of disk")
+    print(
+        f"{n:,} parameters: {sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here; {disk:.1f} of disk"
+    )
     require(sampling < have, f"--model {args.model}: sampling takes {sampling:.0f} GB of {have:.0f}; lower --slots")
     remedy = "lower --micro_tokens, give --checkpointing, or take a smaller --model or a larger GPU"
     require(training < have, f"--model {args.model}: training takes {training:.0f} GB of {have:.0f}; {remedy}")

@@ -292,7 +292,7 @@ def main(args):
     policy, tokenizer = load_policy(newest if newest.exists() else args.model, args.device, args.checkpointing)
     pairs = make_pairs(policy, tokenizer, load_pairs(args.pairs, args.limit, args.seed), args)
     (pairs,), held_out = split_rows(pairs, args, eval_rows(tokenizer, args))
-    scored = [pair for pair in held_out if "benchmark" not in pair]
+    scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
     # the start's log-probs, which `measure` compares with
     scored = cached(run / "iter_0" / "held_out.jsonl", scored, lambda some: add_both(policy, some, "ref_logps", args))
     if not table:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,20 +19,15 @@ import common
 import dno
 import sppo
 import sr_dpo
-from common import InputError, stage
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="wants os.fork"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="wants os.fork")
 
+KILLS = int(os.environ.get("KILLS", "6"))  # of each script, at moments that differ from one run of the tests to another
 JOBS = {
     "sppo": (sppo, {"limit": 48, "n_eval": 8, "iterations": 2, "k": 3, "epochs": 2, "batch_size": 4}),
-    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16, "keep": 1, "best_of": 2}),
+    "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16}),
     "sr_dpo": (sr_dpo, {"limit": 48, "n_eval": 8, "epochs": 2, "batch_size": 4}),
-    "sr_dpo online": (sr_dpo, {"limit": 48, "n_eval": 8, "online": True, "iterations": 2, "k": 3, "batch_size": 4}),
 }
-TIMES = {"seconds", "train_seconds", "tokens_per_second"}
 
 
 def in_a_process(function, kill_at=None, count=None):
@@ -68,14 +64,16 @@ def start(job, name):
     script.main(script.Args(name=name, checkpoint_minutes=0.0, **settings))
 
 
+def cli(script, *flags):
+    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, list(flags))
+
+
 def resume(job, name):
     """Through the command line, as a user would; a run that was killed before it began is begun anew."""
-    script, _ = JOBS[job]
-    if not Path("runs", name, "config.json").exists():
-        if Path("runs", name).exists():
-            common.shutil.rmtree(Path("runs", name))
-        return start(job, name)
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, ["--resume", f"runs/{name}"])
+    if Path("runs", name, "config.json").exists():
+        return cli(JOBS[job][0], "--resume", f"runs/{name}")
+    shutil.rmtree(Path("runs", name), ignore_errors=True)
+    return start(job, name)
 
 
 def lines(path):
@@ -83,39 +81,42 @@ def lines(path):
 
 
 def result(folder):
-    """Everything that a run leaves, but for times."""
+    """Everything that a run leaves, but for times and what a kill left beside a file or behind an iterate."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
             found[name] = {key: value.numpy().tobytes() for key, value in load_file(file).items()}
-        elif name in ("metrics.jsonl",):
-            found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in lines(file)]
-        elif name == "outputs.json":
+        elif name == "metrics.jsonl":
+            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in lines(file)]
+        elif file.name == "outputs.json":
             found[name] = [(row["instruction"], row["output"]) for row in json.loads(file.read_text())]
-        elif file.is_file() and name not in ("config.json", ".lock") and file.suffix != ".md":
+        elif file.is_file() and file.name not in ("config.json", "checkpoint.pt") and ".part" not in name:
             found[name] = file.read_bytes()
     return found
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(common, "CHUNK_OF_PROMPTS", 4)
+    """So that samples and preferences have moments in which they are half done."""
+    whole = common.cached
+    for script, _ in JOBS.values():
+        monkeypatch.setattr(script, "cached", lambda path, items, make, chunk=0: whole(path, items, make, 4))
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_run_that_is_killed_anywhere_ends_like_one_that_is_not(workdir, small_chunks, job):
     assert in_a_process(lambda: start(job, "whole"), count=workdir / "instants") == 0
     instants, right = int((workdir / "instants").read_text()), result(workdir / "runs" / "whole")
-    rng = random.Random(time.time_ns())  # other instants in every run of the tests
+    rng = random.Random(time.time_ns())
     kills = runs = 0
-    while kills < 12:
+    while kills < KILLS:
         name, runs = f"killed-{runs}", runs + 1
         code = in_a_process(lambda: start(job, name), rng.randrange(instants))  # noqa: B023  (called at once)
         assert code == -signal.SIGKILL
         while code != 0:
             kills += 1
-            more = rng.randrange(instants) if kills % 4 else None  # killed again and again, then let end
+            more = rng.randrange(instants) if kills % 3 else None  # killed again and again, then let end
             code = in_a_process(lambda: resume(job, name), more)  # noqa: B023
             assert code in (0, -signal.SIGKILL)
         found = result(workdir / "runs" / name)
@@ -137,162 +138,111 @@ def test_the_seed_decides_everything_and_nothing_else_does(workdir, job):
     assert not {file for file in alike if file.endswith((".jsonl", "model.safetensors"))}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_training_after_its_step(workdir, number):
-    start_at = {"batch_size": 4, "epochs": 3, "limit": 48, "n_eval": 8}
+def test_a_kill_during_evaluation_costs_no_training(workdir, monkeypatch):
+    script, settings = JOBS["sppo"]
+
+    def killed(*args):
+        if args[5] == 1:  # the iterate
+            os.kill(os.getpid(), signal.SIGKILL)
+        return common.evaluate(*args)
 
     def job():
-        step, seen = sr_dpo.train_step, []
+        sppo.evaluate = killed
+        script.main(script.Args(name="x", **settings))  # a checkpoint would be due in half an hour
 
-        def counted(*given):
-            seen.append(1)
-            if len(seen) == 5:
-                os.kill(os.getpid(), number)
-            return step(*given)
-
-        sr_dpo.train_step = counted
-        flags = [x for name, value in start_at.items() for x in (f"--{name}", str(value))]
-        common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, ["--name", "x", *flags])
-
-    assert in_a_process(job) == 130
-    state = torch.load(workdir / "runs" / "x" / "iter_1" / "checkpoint.pt", weights_only=True)
-    assert len(state["steps"]) == 5
-    assert in_a_process(lambda: resume("sr_dpo", "x")) == 0
-    sr_dpo.main(sr_dpo.Args(name="y", **start_at))
-    assert result(workdir / "runs" / "x") == result(workdir / "runs" / "y")
+    assert in_a_process(job) == -signal.SIGKILL
+    state = torch.load("runs/x/iter_1/checkpoint.pt", weights_only=True)
+    script.main(script.Args(name="whole", **settings))
+    assert state["steps"] == lines(Path("runs/whole/iter_1/steps.jsonl"))
+    monkeypatch.setattr(sppo, "sppo_loss", lambda *_: pytest.fail("a step is done again") if not done else loss(*_))
+    loss, done = common_loss, []
+    finish = sppo.finish_iterate
+    monkeypatch.setattr(sppo, "finish_iterate", lambda *a, **k: (finish(*a, **k), done.append(1)))
+    cli(sppo, "--resume", "runs/x")
+    assert result(Path("runs/x")) == result(Path("runs/whole"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_job_in_the_background_stops_too(workdir, number):
-    """Shells start background jobs of scripts with Ctrl-C ignored."""
-
-    def job():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sample = common.generate
-
-        def interrupted(*given, **settings):
-            os.kill(os.getpid(), number)
-            return sample(*given, **settings)
-
-        common.generate = interrupted
-        common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, ["--name", "x", "--limit", "48"])
-
-    assert in_a_process(job) == 130
+common_loss = sppo.sppo_loss
 
 
-def test_a_bf16_master_goes_on_to_the_bit(workdir, tmp_path):
-    """What a checkpoint holds of SplitMaster: five steps are two, a checkpoint, and three."""
-    pairs, args = common.digit_pairs(40, 1), sr_dpo.Args()
-
-    def begin():
-        policy, tokenizer = common.load_policy("tiny-p", dtype=torch.bfloat16)
-        rows = sr_dpo.make_pairs(policy, tokenizer, pairs, args)
-        for name, prompt_ids in sr_dpo.REFERENCES:
-            common.attach_ref_logps(policy, rows, args, name, prompt_ids)
-        optimizer = common.make_optimizer(policy, "rmsprop", 1e-4)
-        return policy, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer), rows
-
-    def go(policy, optimizer, scheduler, rows, steps):
-        return [sr_dpo.train_step(policy, optimizer, scheduler, rows[i * 8 : i * 8 + 8], args) for i in steps]
-
-    policy, *others = begin()
-    right = go(policy, *others, range(5))
-    other, optimizer, scheduler, rows = begin()
-    done = go(other, optimizer, scheduler, rows, range(2))
-    common.save_checkpoint(tmp_path / "c.pt", other, optimizer, scheduler, done)
-    third, optimizer, scheduler, rows = begin()
-    steps = common.load_checkpoint(tmp_path / "c.pt", third, optimizer, scheduler)
-    assert steps + go(third, optimizer, scheduler, rows, range(2, 5)) == right
-    for p, q in zip(policy.parameters(), third.parameters(), strict=True):
-        assert torch.equal(p, q) and torch.equal(p.master_remainder, q.master_remainder)
-
-
-# Stages --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_stage_is_done_once_and_goes_on_from_whole_chunks(tmp_path):
+def test_a_torn_last_line_is_made_again(workdir, capsys):
+    path, items = workdir / "rows.jsonl", list(range(10))
+    path.write_text('{"i": 0}\n{"i": 1}\n{"i"')
     asked = []
 
-    def make(items):
-        asked.append(items)
-        if items[0] == 6 and len(asked) == 3:
-            raise KeyboardInterrupt
-        return [{"i": i, "x": 0.1 * i} for i in items]
+    def make(some):
+        asked.append(some)
+        return [{"i": i} for i in some]
 
-    path, items = tmp_path / "rows.jsonl", list(range(10))
-    with pytest.raises(KeyboardInterrupt):
-        stage(path, items, make, 3)
-    assert asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and not path.exists()
-    with open(tmp_path / "rows.jsonl.part", "a") as file:
-        file.write('{"i": 6, "x": 0.6}\n{"i": 7, "x"')  # a row of the third chunk, and one cut short
-    rows = stage(path, items, make, 3)
-    assert asked[3:] == [[6, 7, 8], [9]] and rows == [{"i": i, "x": 0.1 * i} for i in items]
-    assert stage(path, items, make, 3) == rows and len(asked) == 5
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert common.cached(path, items, make, 3) == [{"i": i} for i in items]
+    assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]] and lines(path) == [{"i": i} for i in items]
+    assert common.cached(path, items, None) == lines(path)  # read back
+    path.write_text('{"i": 0}\n{"i"\n{"i": 2}\n')
+    with pytest.raises(SystemExit):
+        common.cached(path, items, make)
+    assert "rows.jsonl: damaged" in capsys.readouterr().err
+    rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
+    assert common.cached(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(workdir / "more.jsonl")
 
 
-def test_line_separators_within_a_text_end_no_row(tmp_path):
-    rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]
-    assert stage(tmp_path / "rows.jsonl", [0, 1], lambda items: rows) == rows
-    assert stage(tmp_path / "rows.jsonl", [0, 1], None) == rows  # read back
+def test_rows_of_another_engine_are_used_as_they_are(workdir):
+    script, settings = JOBS["sppo"]
+    script.main(script.Args(name="x", **{**settings, "iterations": 1}))
+    rows = lines(Path("runs/x/iter_1/responses.jsonl"))
+    for row in rows:
+        row["responses"][0] = {"text": "9", "ids": [28, 1], "finished": True}
+    (workdir / "runs/y/iter_1").mkdir(parents=True)
+    shutil.copytree("runs/x/iter_0", "runs/y/iter_0")
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(f"runs/x/{name}", "runs/y")
+    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/x/metrics.jsonl"))[:1])
+    common.write_jsonl(Path("runs/y/iter_1/responses.jsonl"), rows)
+    cli(script, "--resume", "runs/y")
+    worst = [pair["responses"][-1]["text"] for pair in lines(Path("runs/y/iter_1/pairs.jsonl"))]
+    assert worst.count("9") > len(rows) / 2
 
 
-def test_a_damaged_stage_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"i": 1}\n{"i"')
-    with pytest.raises(InputError, match=r"rows\.jsonl: cannot be read .* remove it, and --resume makes it anew"):
-        stage(tmp_path / "rows.jsonl", [1, 2], lambda items: items)
+def test_a_finished_run_can_be_resumed_and_stays(workdir, capsys):
+    start("sr_dpo", "x")
+    run, config = Path("runs/x"), Path("runs/x/config.json").read_bytes()
+    before, said = result(run), capsys.readouterr()
+    cli(sr_dpo, "--resume", str(run), "--micro_tokens", "999")
+    assert result(run) == before and (run / "config.json").read_bytes() == config
+    assert "Its policy: runs/x/final" in capsys.readouterr().out and said.err == ""
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
-def refusal(capsys, *flags):
+@pytest.mark.parametrize("flag", [("beta", "0.3"), ("seed", "7"), ("limit", "40"), ("temperature", "0.7")], ids=str)
+def test_a_flag_of_method_sampling_or_data_that_differs_is_refused_by_name(workdir, capsys, flag):
+    begun = {**vars(sr_dpo.Args()), "script": "sr_dpo", "versions": {}}
+    common.write_json(workdir / "runs/x/config.json", begun)
     with pytest.raises(SystemExit) as stopped:
-        common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, list(flags))
+        cli(sr_dpo, "--resume", "runs/x", f"--{flag[0]}", flag[1])
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1
-    return err
+    assert stopped.value.code == 2 and f"--{flag[0]} {flag[1]}: runs/x was begun with {begun[flag[0]]}" in err
 
 
-@pytest.fixture
-def run(workdir):
-    sr_dpo.main(sr_dpo.Args(name="x", **JOBS["sr_dpo"][1]))
-    return workdir / "runs" / "x"
+def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatch, capsys):
+    shutil.copy(sr_dpo.__file__, workdir / "mine.py")
+    monkeypatch.syspath_prepend(str(workdir))
+    import mine
+
+    cli(mine, "--limit", "48", "--n_eval", "8", "--epochs", "1")
+    (run,) = workdir.glob("runs/mine-tiny-s1-*")
+    cli(mine, "--resume", str(run))
+    with pytest.raises(SystemExit):
+        cli(sr_dpo, "--resume", str(run))
+    assert "resume it with python mine.py" in capsys.readouterr().err
 
 
-def test_a_finished_run_can_be_resumed_and_stays(run, capsys):
-    before, times = result(run), [row.get("train_seconds") for row in lines(run / "metrics.jsonl")]
-    common.cli(sr_dpo.main, sr_dpo.Args, sr_dpo.RECIPES, sr_dpo.__doc__, ["--resume", str(run)])
-    assert times[1] and [row.get("train_seconds") for row in lines(run / "metrics.jsonl")] == times
-    assert result(run) == before and "lies in" in capsys.readouterr().out
+def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):
+    def job():
+        step = sr_dpo.clip_grad_norm_
+        sr_dpo.clip_grad_norm_ = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), step(*a, **k))[1]
+        sys.stderr = open("said", "w", buffering=1)  # noqa: SIM115
+        cli(sr_dpo, "--name", "x", "--limit", "48", "--n_eval", "8")
 
-
-def test_other_values_are_named(run, capsys):
-    err = refusal(capsys, "--resume", str(run), "--beta", "0.3", "--seed", "7")
-    assert "it was begun with other values: " in err and "--beta 0.3 (there 1.0)" in err and "--seed 7 (there 1)" in err
-    assert "--lam" not in err
-
-
-def test_what_is_no_run(workdir, capsys):
-    for empty in (["--resume", ""], ["--resume="]):
-        assert "--resume '': give a run's folder" in refusal(capsys, *empty)
-    assert "--resume runs/nothing: no run's folder" in refusal(capsys, "--resume", "runs/nothing")
-    (workdir / "runs" / "y").mkdir()
-    (workdir / "runs" / "y" / "config.json").write_text("[1]")
-    assert "no run's folder" in refusal(capsys, "--resume", "runs/y")
-
-
-def test_another_device_is_refused(run, capsys):
-    config = json.loads((run / "config.json").read_text())
-    common.write_json(run / "config.json", {**config, "parameters": 5})
-    assert "it was begun with another parameters: 5, not 455808" in refusal(capsys, "--resume", str(run))
-
-
-def test_two_processes_do_not_work_in_one_folder(run, capsys):
-    assert in_a_process(lambda: resume("sr_dpo", "x")) == 2  # this process still has it
-
-
-def test_a_damaged_checkpoint_is_named(run, capsys):
-    common.shutil.rmtree(run / "iter_1" / "policy")
-    (run / "iter_1" / "checkpoint.pt").write_bytes(b"PK nonsense")
-    assert "checkpoint.pt: damaged" in refusal(capsys, "--resume", str(run))
+    assert in_a_process(job) == 130
+    said = [line for line in Path("said").read_text().splitlines() if "interrupted" in line]
+    assert (
+        said == ["sr_dpo.py: interrupted; go on with --resume runs/x"] and "Traceback" not in Path("said").read_text()
+    )
