@@ -682,7 +682,8 @@ def load_rows(flag, source, read, limit=0):
     else:
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.[A-Za-z]+$", name)
         wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
-        require(Path(name).is_dir() or (hub and not Path(name).exists()), f"{flag} {source!r}: give {wanted}")
+        found = name and (Path(name).is_dir() or (hub and not Path(name).exists()))
+        require(found, f"{flag} {source!r}: give {wanted}")
     try:
         files = {"path": kind, "data_files": name} if kind else {"path": name}
         data = datasets.load_dataset(**files, split=split or "train")
@@ -1323,8 +1324,8 @@ class PairRM:
 
     def __init__(self, name="llm-blender/PairRM-hf", device="cpu"):
         self.device = torch.device(device)
-        found = Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        require(found, f"--judge {name}: give {', '.join(JUDGES)}, or a PairRM's folder or hub id ORG/NAME")
+        found = name and (Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+        require(found, f"--judge {name!r}: give {', '.join(JUDGES)}, or a PairRM's folder or hub id ORG/NAME")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             config = transformers.DebertaV2Config.from_pretrained(name)

@@ -5,7 +5,7 @@
 
 Sampling: `--slots` rows of K = 5 responses to prompts of 256 tokens, none of which ends before `--new_tokens`, with the
 recipe's temperature and top-p; a first call is not timed, but each records its CUDA graphs. Bandwidth: bytes of
-weights and of the keys and values that a step reads, over its time. Training: a step of `sppo.train_step` on `--pairs`
+weights and of the keys and values that a step reads, over its time. Training: a step of sppo.py on `--pairs`
 pairs of 256 prompt and 2 x 400 response tokens, the second of two; TFLOP/s counts 6 x parameters x tokens of both rows.
 """
 
@@ -19,7 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM, get_constant_schedul
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
-from measure import make_parser, record, synchronize
+from measure import column, make_parser, one_step, record, synchronize
 
 
 def timed(function, device):
@@ -70,7 +70,7 @@ def main():
     settings = {"k": 5, "max_new_tokens": args.new_tokens, "eos_ids": [-1], "slots": args.slots}
     common.generate(policy, prompts, **settings)
     rows, seconds = timed(lambda: common.generate(policy, prompts, **settings), device)
-    tokens = sum(len(r.ids) for row in rows for r in row)
+    tokens = sum(len(ids) for row in rows for ids in row)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     read = 2 * n + len(prompts) * 5 * kv * (256 + args.new_tokens / 2)
     speed, gb = read * args.new_tokens / seconds / 1e9, peak(device)
@@ -80,26 +80,24 @@ def main():
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     common.use_checkpointing(policy)
-    optimizer = common.make_optimizer(policy, "rmsprop", 5e-7)
-    scheduler, settings = get_constant_schedule(optimizer), sppo.Args(eta=1e3)
+    optimizer = common.make_optimizer(policy, 5e-7)
+    scheduler, micro_tokens = get_constant_schedule(optimizer), sppo.Args().micro_tokens
     pairs = []
     for _ in range(args.pairs):
         ids = torch.randint(32000, (256 + 800,), generator=random).tolist()
-        answers = [{"ids": ids[256:656], "win_rate": 0.8}, {"ids": ids[656:], "win_rate": 0.2}]
-        pairs.append({"prompt_ids": ids[:256], "responses": answers, "log_z": 500.0})
-    rows = [(pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]]
-    ref_logps = common.score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], settings.micro_tokens)
-    common.attach("ref_logps", [y for _, y in rows], ref_logps)
+        answers = [{"ids": ids[256:656]}, {"ids": ids[656:]}]
+        pairs.append({"prompt_ids": ids[:256], "responses": answers, "win_rate": [0.8, 0.2]})
+    common.add_logps(policy, pairs, "ref_logps", micro_tokens)
+
+    def loss_of(logps, micro):
+        return sppo.sppo_loss(logps, column(micro, "ref_logps", logps), column(micro, "win_rate", logps), 1e3).mean(1)
+
     for _ in range(2):
-        _, seconds = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
-    policy._shares_prompts = False
-    _, apart = timed(lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings), device)
-    flops = 6 * n * sum(len(x) + len(y["ids"]) for x, y in rows) / seconds / 1e12
+        _, seconds = timed(lambda: one_step(policy, optimizer, scheduler, pairs, micro_tokens, loss_of), device)
+    flops = 6 * n * sum(len(x["prompt_ids"]) + len(y["ids"]) for x in pairs for y in x["responses"]) / seconds / 1e12
     gb = peak(device)
     print(f"training   {args.pairs / seconds:.3g} pairs/s, {flops:,.1f} TFLOP/s; {in_words(gb)}")
-    print(f"           {args.pairs / apart:.3g} pairs/s with the prompt in a row for each response")
     training = {"pairs/s": args.pairs / seconds, "TFLOP/s": flops, "peak GB": gb}
-    training["pairs/s, plain rows"] = args.pairs / apart
     record(args, where, sampling=sampling, training=training)
 
 

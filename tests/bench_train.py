@@ -1,4 +1,4 @@
-"""One optimiser step on preference pairs: sppo.py's `train_step` against TRL's DPOTrainer, in time and peak memory.
+"""One optimiser step on preference pairs: the step of sppo.py's main against TRL's DPOTrainer, in time and peak memory.
 
     python tests/bench_train.py        three minutes on two CPU cores; `pip install trl` for its rows
 
@@ -9,8 +9,8 @@ gradient norm must be ours; the last column shows it, for the first step.
 Lengths are log-normal, as in chats, at most 512 in all; prompts are 0.4 of prompt and response on average.
  * bare: the body alone, forward and backward on as many tokens as the pairs have (each prompt twice), in rows of their
    mean length: no padding, no head, no optimiser.
- * ours: sorted by length, `--micro_tokens` padded tokens at a time; the prompt once per pair, or with each response.
- * DPO and Sr-DPO: sr_dpo.py's `train_step` without and with the refinement, whose p has 40 tokens; its gradients are of
+ * ours: sorted by length, `--micro_tokens` padded tokens at a time.
+ * DPO and Sr-DPO: sr_dpo.py's step without and with the refinement, whose p has 40 tokens; its gradients are of
    other losses. Target for Sr-DPO: 1.24 times the time of DPO.
  * TRL: its training_step on what its data collator pads; all pairs at once, or `--trl_pairs` of similar length at a
    time, as gradient_accumulation_steps and train_sampling_strategy="group_by_length" would do. padding_free is left
@@ -31,7 +31,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sppo
 import sr_dpo
-from measure import header, make_parser, memory_in_a_child, peak_memory, reason, record, synchronize
+from measure import column, header, make_parser, memory_in_a_child, one_step, peak_memory, reason, record, synchronize
 
 ETA = 10.0
 P = 40  # tokens of sr_dpo.py's p
@@ -68,28 +68,32 @@ def bare(policy, pairs, args):
     return step
 
 
-def ours(share):
-    def build(policy, pairs, args):
-        policy._shares_prompts = share
-        settings = sppo.Args(targets="hard", eta=ETA, micro_tokens=args.micro_tokens)
-        rows = [(pair["prompt_ids"], y) for pair in pairs for y in pair["responses"]]
-        ref_logps = common.score(policy, [x for x, _ in rows], [y["ids"] for _, y in rows], args.micro_tokens)
-        common.attach("ref_logps", [y for _, y in rows], ref_logps)
-        optimizer, scheduler = optimiser(policy)
-        return lambda: sppo.train_step(policy, optimizer, scheduler, pairs, settings)["grad_norm"]
+def ours(policy, pairs, args):
+    common.add_logps(policy, pairs, "ref_logps", args.micro_tokens)
+    optimizer, scheduler = optimiser(policy)
 
-    return build
+    def loss_of(logps, micro):
+        return sppo.sppo_loss(logps, column(micro, "ref_logps", logps), column(micro, "win_rate", logps), ETA).mean(1)
+
+    return lambda: one_step(policy, optimizer, scheduler, pairs, args.micro_tokens, loss_of)
 
 
 def refined(lam):
     def build(policy, pairs, args):
-        settings = sr_dpo.Args(lam=lam, micro_tokens=args.micro_tokens)
         pairs = [{**pair, "refined_ids": [7] * P + pair["prompt_ids"]} for pair in pairs]
-        for name, prompt_ids in sr_dpo.REFERENCES:
-            common.attach_ref_logps(policy, pairs, settings, name, prompt_ids)
+        sr_dpo.add_both(policy, pairs, "ref_logps", args)
         optimizer, scheduler = optimiser(policy)
-        step = partial(sr_dpo.train_step, policy, optimizer, scheduler, pairs, settings)
-        return lambda: step() and None  # its loss is another one, and so is its gradient
+
+        def loss_of(logps, micro):
+            delta = torch.zeros(len(micro), device=logps.device)
+            if lam:
+                with torch.no_grad():
+                    logps_p = common.pair_logps(policy, micro, "refined_ids")
+                delta = sr_dpo.refinement(*logps_p.T, *column(micro, "ref_logps_p", logps).T, 0.1)
+            return sr_dpo.sr_dpo_loss(*logps.T, *column(micro, "ref_logps", logps).T, delta, 0.1, lam)
+
+        # its loss is another one, and so is its gradient
+        return lambda: one_step(policy, optimizer, scheduler, pairs, args.micro_tokens, loss_of) and None
 
     return build
 
@@ -108,7 +112,7 @@ def trl(few):
         plain = {"gradient_checkpointing": False, "bf16": False, "report_to": "none", "use_cpu": args.device == "cpu"}
         config = DPOConfig(tempfile.gettempdir(), **loss, **plain, per_device_train_batch_size=n)  # nothing is saved
         given = {"train_dataset": datasets.Dataset.from_list([pair["text"] for pair in pairs])}
-        given |= {"processing_class": common.tiny_tokenizer(), "optimizers": (optimizer, scheduler)}
+        given |= {"processing_class": tokenizer_of_tiny(), "optimizers": (optimizer, scheduler)}
         trainer = DPOTrainer(policy, args=config, **given)
         rows = list(trainer.train_dataset)  # token ids and reference log-probs
         if few:
@@ -132,13 +136,19 @@ def trl(few):
 
 CONTESTANTS = {
     "bare": bare,
-    "ours, prompt once": ours(True),
-    "ours, plain rows": ours(False),
+    "ours": ours,
     "DPO of sr_dpo.py": refined(0.0),
     "Sr-DPO of sr_dpo.py": refined(0.3),
     "TRL, all pairs at once": trl(few=False),
     "TRL, a few, by length": trl(few=True),
 }
+
+
+@cache
+def tokenizer_of_tiny():
+    """A character a token."""
+    folder = common.make_tiny(Path(tempfile.mkdtemp()) / "tiny", steps=1)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def inputs(args):
@@ -149,7 +159,7 @@ def inputs(args):
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
     policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     policy.to(args.device, getattr(torch, args.dtype)).eval()
-    rng, tokenizer, pairs = random.Random(0), common.tiny_tokenizer(), []
+    rng, tokenizer, pairs = random.Random(0), tokenizer_of_tiny(), []
 
     def text(median_length, longest):
         n = min(longest, max(8, round(median_length * rng.lognormvariate(0, 0.6))))
@@ -158,9 +168,9 @@ def inputs(args):
     for _ in range(args.pairs):
         prompt, chosen, rejected = text(82, 200), text(130, 310), text(130, 310)  # and EOS: at most 511
         ids = [tokenizer(x).input_ids for x in (prompt, f"{chosen}</s>", f"{rejected}</s>")]
-        responses = [{"ids": y, "win_rate": w} for y, w in zip(ids[1:], (1.0, 0.0), strict=True)]
+        responses = [{"ids": y} for y in ids[1:]]
         strings = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        pairs.append({"prompt_ids": ids[0], "responses": responses, "log_z": ETA / 2, "text": strings})
+        pairs.append({"prompt_ids": ids[0], "responses": responses, "win_rate": [1.0, 0.0], "text": strings})
     return policy, pairs
 
 
@@ -177,7 +187,7 @@ def print_memory(args):
             step = build(copy.deepcopy(policy), pairs, args)
             step()  # loads libraries, makes the optimiser's state
             peak = peak_memory(args.device, step)
-            ours = peak if name == "ours, prompt once" else ours
+            ours = peak if name == "ours" else ours
             table[name] = {"MiB": peak / 2**20, "by ours": peak / ours if ours else None}
             figures = f"{peak / 2**20:>14,.0f}" + (f"{peak / ours:>15.2f}" if ours else "")
         except Exception as error:
@@ -213,17 +223,17 @@ def print_time(args):
                 seconds[name].append(time.perf_counter() - start)
             else:
                 first[name] = (norm, tokens[name])
-    others = {"time / bare": "bare", "time / ours": "ours, prompt once", "time / DPO": "DPO of sr_dpo.py"}
+    others = {"time / bare": "bare", "time / ours": "ours", "time / DPO": "DPO of sr_dpo.py"}
     table = {}
-    print(f"{'':<24}", *(f"{column:>15}" for column in ["pairs/s", *others, "tokens / bare", "gradient norm"]), sep="")
+    print(f"{'':<24}", *(f"{title:>15}" for title in ["pairs/s", *others, "tokens / bare", "gradient norm"]), sep="")
     for name, took in seconds.items():
         if name in failed:
             table[name] = {"reason": failed[name]}
             print(f"{name:<24} {failed[name]}")
             continue
         table[name] = {"pairs/s": len(pairs) / median(took)}
-        for column, other in others.items():
-            table[name][column] = median(x / y for x, y in zip(took, seconds[other], strict=True))
+        for title, other in others.items():
+            table[name][title] = median(x / y for x, y in zip(took, seconds[other], strict=True))
         norm, computed = first[name]
         table[name]["tokens / bare"] = computed / first["bare"][1]
         cells = [f"{figure:>15.2f}" for figure in table[name].values()]

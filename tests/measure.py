@@ -13,6 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 
 OPTIONAL = ("trl", "liger_kernel", "datasets")
 RESULTS = Path(__file__).resolve().parent / "claims" / "results"
@@ -116,3 +120,22 @@ def record(args, where=None, **tables):
     else:
         found = json.loads((args.record / f"{name}.json").read_text(encoding="utf-8"))
     write(name, {**found, **tables}, args.record)
+
+
+def one_step(policy, optimizer, scheduler, pairs, micro_tokens, loss_of):
+    """The optimiser step of the scripts' main, without its bookkeeping: the gradient norm.
+
+    loss_of(logps, micro) -> the loss of each pair of a micro-batch; logps (pairs, responses).
+    """
+    for micro in common.micro_batches(policy, pairs, micro_tokens):
+        (loss_of(common.pair_logps(policy, micro), micro).sum() / len(pairs)).backward()
+    grad_norm = clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm.item()
+
+
+def column(micro, name, like):
+    """A column of a micro-batch as a tensor beside `like`."""
+    return torch.tensor([pair[name] for pair in micro], device=like.device)

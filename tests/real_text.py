@@ -45,18 +45,17 @@ def make_tokenizer(texts):
 
 def supervise(policy, pairs, epochs, seed):
     """Both answers behind x, the chosen one behind p + x."""
-    rows = [(pair["prompt_ids"], y["ids"]) for pair in pairs for y in pair["responses"]]
-    rows += [(pair["refined_ids"], pair["responses"][0]["ids"]) for pair in pairs]
+    rows = [{"prompt_ids": pair["prompt_ids"], "responses": [y]} for pair in pairs for y in pair["responses"]]
+    rows += [{"prompt_ids": pair["refined_ids"], "responses": pair["responses"][:1]} for pair in pairs]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.1)
     steps = epochs * len(rows) // 32
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = random.Random(seed)
     for _ in range(steps):
-        prompts, responses = zip(*rng.sample(rows, 32), strict=True)
-        n = sum(map(len, responses))
-        for i in common.micro_batches(policy, prompts, responses, 4096):
-            loss = -common.response_logps(policy, [prompts[j] for j in i], [responses[j] for j in i]).sum() / n
-            loss.backward()
+        batch = rng.sample(rows, 32)
+        n = sum(len(row["responses"][0]["ids"]) for row in batch)
+        for micro in common.micro_batches(policy, batch, 4096):
+            (-common.pair_logps(policy, micro).sum() / n).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -65,8 +64,9 @@ def supervise(policy, pairs, epochs, seed):
 
 def per_token(policy, pairs, prompt_ids):
     """Nats per token of the held-out chosen answers."""
-    ys = [pair["responses"][0]["ids"] for pair in pairs]
-    return -common.score(policy, [pair[prompt_ids] for pair in pairs], ys, 4096).sum().item() / sum(map(len, ys))
+    rows = [{**pair, "responses": pair["responses"][:1]} for pair in pairs]
+    common.add_logps(policy, rows, "logps", 4096, prompt_ids)
+    return -sum(row["logps"][0] for row in rows) / sum(len(row["responses"][0]["ids"]) for row in rows)
 
 
 def main():
@@ -84,7 +84,7 @@ def main():
     tables, starts = {"DPO": [], "Sr-DPO": []}, []
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for seed in range(1, args.seeds + 1):
-        pairs = common.load_pairs(args.pairs, args.limit)
+        pairs = sr_dpo.load_pairs(args.pairs, args.limit)
         texts = [m["content"] for pair in pairs for m in pair["prompt"]] + [pair["chosen"] for pair in pairs]
         tokenizer = make_tokenizer(texts)
         torch.manual_seed(seed)
@@ -95,7 +95,7 @@ def main():
         )
         policy = transformers.LlamaForCausalLM(config).eval()
         one = sr_dpo.Args(**settings, seed=seed)
-        parts, held_out = common.split_pairs(sr_dpo.make_pairs(policy, tokenizer, pairs, one), one, [])
+        parts, held_out = common.split_rows(sr_dpo.make_pairs(policy, tokenizer, pairs, one), one, [])
         begun = time.perf_counter()
         supervise(policy, parts[0], args.epochs, seed)
         starts.append((per_token(policy, held_out, "prompt_ids"), per_token(policy, held_out, "refined_ids")))
@@ -110,12 +110,12 @@ def main():
     plain, refined = zip(*starts, strict=True)
     print(f"\nnats per token of held-out chosen answers: {mean(plain):.3f} behind x, {mean(refined):.3f} behind p + x")
     print(f"{'':<22}" + "".join(f"{method:>20}" for method in tables))
-    measures = [name for name in sr_dpo.MEASURES if name in tables["DPO"][0]]
+    measures = ["accuracy", "accuracy_p", "marginal", "marginal_p", "kl", "tokens"]
     figures = {method: {name: [row[name] for row in rows] for name in measures} for method, rows in tables.items()}
     for name in measures:
         columns = [values[name] for values in figures.values()]
         cells = [f"{mean(v):.3g} ± {stdev(v):.2g}" if len(v) > 1 else f"{mean(v):.3g}" for v in columns]
-        print(f"{common.COLUMNS[name]:<22}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells))
     words = [Path(word).name if word == args.pairs else word for word in sys.argv[1:]]  # no path of this machine
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     result = {"command": shlex.join(["python", "tests/real_text.py", *words])}

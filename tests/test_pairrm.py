@@ -228,7 +228,7 @@ def test_what_is_no_pairrm_is_refused(broken, tiny, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             PairRM(name)
         said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.count("\n") == 1 and f"--judge {name}" in said
+        assert stopped.value.code == 2 and said.count("\n") == 1 and "--judge " in said and name in said
         return said
 
     assert "lacks head_layer.4.bias" in refusal(broken(lambda weights: weights.pop("head_layer.4.bias")))
