@@ -210,7 +210,7 @@ def digit_pairs(n, seed):
 
 
 def read_pair(row):
-    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; None where it is no pair."""
+    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; or None."""
     prompt, chosen, rejected = read_prompt(row), as_answer(row["chosen"]), as_answer(row["rejected"])
     same = "prompt" in row or prompt == read_prompt({"chosen": row["rejected"]})
     if not prompt or not same or not chosen.strip() or not rejected.strip() or chosen == rejected:
