@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import difflib
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import os
@@ -107,7 +108,7 @@ def cli(main, args_class, recipes, description, argv=None):
         begun = read_config(known.resume)
         theirs = begun["script"]
         require(theirs == script, f"--resume {known.resume}: a run of {theirs}.py; resume it with python {theirs}.py")
-        parser.set_defaults(**{name: begun[name] for name in flags if name in begun})
+        argv = [f"--{name}={begun[name]}" for name in flags if name in begun] + argv
     given, unknown = parser.parse_known_args(argv)
     for word in unknown[:1]:
         near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in flags], 1)
@@ -129,7 +130,8 @@ def cli(main, args_class, recipes, description, argv=None):
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
     args.name = args.name or f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Path(args.resume or f"runs/{args.name}")
-    require(args.resume or not run.exists(), f"--name {args.name}: {run} is there; take another, or --resume {run}")
+    there = args.resume or {path.name for path in run.glob("*")} <= {"config.json.part"}  # of a kill at the start
+    require(there, f"--name {args.name}: {run} is there; take another, or --resume {run}")
     task = "sort the digits of the prompt" if args.judge == "digits" else f"please the judge, {args.judge or 'none'}"
     print(f"{script} on {args.model}, seed {args.seed}, on {args.device}. The task: {task}.")
     if args.model == "tiny":
@@ -171,7 +173,6 @@ def start_run(args, file):
     """
     run = Path(args.resume or f"runs/{args.name}")
     if not args.resume:
-        run.mkdir(parents=True)
         names = "torch", "transformers", "datasets"
         versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
         write_json(run / "config.json", {**vars(args), "script": Path(file).stem, "versions": versions})
@@ -189,7 +190,8 @@ def tracker(args, run):
         require(False, f"--track {args.track}: it is not installed; pip install {args.track}")
     writer = module.SummaryWriter(run / "tensorboard") if board else module
     if not board:
-        module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow")
+        same = {"id": run.name} if args.track == "wandb" else {}  # trackio goes by the name
+        module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
     atexit.register(writer.close if board else module.finish)
 
     def log(kind, values, samples=()):
@@ -212,9 +214,9 @@ def report_pairs(t, rows, pairs, began):
     decided = sum(pair["responses"][0]["finished"] > pair["responses"][-1]["finished"] for pair in pairs)
     print(f"[{t}] {n} prompts x {k} responses, judged, in {time.time() - began:.0f} s; {len(pairs)} pairs")
     if decided:
-        print(f"    {decided} of them by the length limit alone: a finished response beats a truncated one")
+        print(f"    {decided} of them by the length limit alone: finished beats truncated")
     if 2 * decided > len(pairs):
-        print("    warning: these are most, so the policy mainly learns to be short; raise --max_new_tokens")
+        print("    warning: these are most, and teach to be short; raise --max_new_tokens")
     if pairs:
         pair = max(pairs, key=lambda pair: pair["win_rate"][0])
         texts = [text if len(text) <= 20 else text[:17] + "..." for text in (y["text"] for y in pair["responses"])]
@@ -247,7 +249,7 @@ def finish_iterate(run, table, log, metrics, policy=None, tokenizer=None, steps=
     numbers = [(name, value) for name, value in metrics.items() if isinstance(value, (int, float))]
     plain = {name: name + (" {:,}" if isinstance(value, int) else " {:.3g}") for name, value in numbers}
     words = ", ".join((plain | WORDS)[name].format(value) for name, value in numbers)
-    print(textwrap.fill(f"[{t}] " + words.replace(", (", " ("), 76, subsequent_indent="    ").replace("%", " %"))
+    print(textwrap.fill(f"[{t}] " + words.replace(", (", " ("), 80, subsequent_indent="    "))
     outputs = json.loads((folder / "outputs.json").read_text(encoding="utf-8"))[:10]
     log("eval", table[-1], [[row["instruction"], row["output"]] for row in outputs])
 
@@ -268,7 +270,7 @@ def finish_run(run, table, best):
     words = [f"{table[0]['exact_match']:.1%} -> {best['exact_match']:.1%} right"] if "exact_match" in best else []
     if "wins_vs_start" in best:
         words.append(f"the best iterate, [{t}], beats the start {best['wins_vs_start']:.1%} of the time")
-    print("; ".join(words).replace("%", " %") + f"\nIts policy: {final}")
+    print("; ".join(words) + f"\nIts policy: {final}")
 
 
 def write(path, text):
@@ -299,10 +301,15 @@ def cached(path, items, make, chunk=1024):
     """make(some items) -> as many rows, for all items, `chunk` at a time; kept in the .jsonl file `path`.
 
     Rows that are there are not made again. So a killed run goes on from its last chunk, and rows that another program
-    wrote there are taken for this run's.
+    wrote there are taken for this run's. Exits where a row has not its item's values under the same keys.
     """
     rows = read_jsonl(path)
-    require(len(rows) <= len(items), f"{path}: it has {len(rows)} rows for {len(items)} items; remove it")
+    fits = len(rows) <= len(items)
+    for row, item in zip(rows, items, strict=False):
+        fits &= isinstance(row, dict | list)
+        if isinstance(row, dict) and isinstance(item, dict):
+            fits &= all(row[key] == item[key] for key in row.keys() & item.keys())
+    require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
     write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = make(items[i : i + chunk])
@@ -336,16 +343,15 @@ def check_fit(args):
     weights = 4 * n  # in bf16 with the other half of the master, or in float32
     sampling, training = weights + args.slots * slot, weights + 2 * size * n + tokens * kept + slopes
     have = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    disk = getattr(args, "iterations", 1) * weights + 2 * (
-        weights + size * n
-    )  # a checkpoint and the next one beside it
-    free = shutil.disk_usage(".").free
-    sampling, training, disk, have, free = (x / 1e9 for x in (sampling, training, disk, have, free))
-    print(
-        f"{n:,} parameters: {sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here; {disk:.1f} of disk"
-    )
+    disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # a checkpoint, the next one beside it
+    numbers = weights, sampling, training, disk, have, shutil.disk_usage(".").free
+    weights, sampling, training, disk, have, free = (x / 1e9 for x in numbers)
+    memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here"
+    print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
+    larger = "take a smaller --model or a larger GPU"
+    require(weights < have, f"--model {args.model}: its weights take {weights:.0f} GB of {have:.0f}; {larger}")
     require(sampling < have, f"--model {args.model}: sampling takes {sampling:.0f} GB of {have:.0f}; lower --slots")
-    remedy = "lower --micro_tokens, give --checkpointing, or take a smaller --model or a larger GPU"
+    remedy = f"lower --micro_tokens, give --checkpointing, or {larger}"
     require(training < have, f"--model {args.model}: training takes {training:.0f} GB of {have:.0f}; {remedy}")
     require(disk < free, f"runs/ takes {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
 
@@ -688,7 +694,7 @@ def load_rows(flag, source, read, limit=0):
         files = {"path": kind, "data_files": name} if kind else {"path": name}
         data = datasets.load_dataset(**files, split=split or "train")
     except Exception as error:  # datasets, pyarrow, fsspec and the hub each have errors of their own
-        require(False, f"{flag} {source}: cannot be loaded: {error.__cause__ or error}"[:400])
+        require(False, f"{flag} {source}: cannot be loaded: {str(error.__cause__ or error) or 'it is empty'}"[:400])
     items, empty, repeated = {}, 0, 0
     for number, row in enumerate(data, 1):
         row = {name: value for name, value in row.items() if value is not None}
@@ -797,20 +803,17 @@ def encode_prompts(tokenizer, rows, max_tokens, flag="--prompts", name="prompt_i
     return kept
 
 
-def eval_rows(tokenizer, args):
-    """Encoded prompts of --eval_prompts, marked "benchmark": answered in outputs.json and used nowhere else."""
-    if not args.eval_prompts:
-        return []
-    prompts = load_prompts(args.eval_prompts, flag="--eval_prompts")
-    rows = [{"prompt": prompt, "benchmark": True} for prompt in prompts]
-    return encode_prompts(tokenizer, rows, args.max_prompt_tokens, "--eval_prompts")
+def split_rows(tokenizer, rows, args):
+    """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out).
 
-
-def split_rows(rows, args, extra):
-    """Shuffle, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out + extra).
-
-    Rows whose prompt is in `extra`, of eval_rows, are left out, and none to train on has a prompt that is held out.
+    The prompts of --eval_prompts follow in held_out, marked "benchmark": they are answered in outputs.json and used
+    nowhere else. None to train on has a prompt that is held out.
     """
+    extra = []
+    if args.eval_prompts:
+        prompts = load_prompts(args.eval_prompts, flag="--eval_prompts")
+        extra = [{"prompt": prompt, "benchmark": True} for prompt in prompts]
+        extra = encode_prompts(tokenizer, extra, args.max_prompt_tokens, "--eval_prompts")
     apart = {json.dumps(row["prompt"]) for row in extra}
     rows = [row for row in rows if json.dumps(row["prompt"]) not in apart]
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
@@ -819,7 +822,8 @@ def split_rows(rows, args, extra):
     rows = [row for row in rows[len(held_out) :] if json.dumps(row["prompt"]) not in apart]
     iterations = getattr(args, "iterations", 1)
     size = len(rows) // iterations
-    require(size and len(held_out) > 1, f"{len(rows)} prompts are too few to train and to evaluate")
+    few = f"{len(apart) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
+    require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
@@ -828,7 +832,7 @@ def split_prompts(tokenizer, args):
     """Encoded prompts of --prompts and --eval_prompts: (a part for each iteration, those to evaluate on)."""
     prompts = [{"prompt": prompt} for prompt in load_prompts(args.prompts, args.limit, args.seed)]
     rows = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    return split_rows(rows, args, eval_rows(tokenizer, args))
+    return split_rows(tokenizer, rows, args)
 
 
 def as_response(policy, tokenizer, text, max_tokens):
@@ -879,8 +883,8 @@ CACHE = Path("runs/.cache")  # what runs share: tiny, and an LLM judge's replies
 def load_config(name):
     """(configuration, folder or hub id) of --model, without its weights."""
     path = make_tiny() if name == "tiny" else MODELS.get(name, name)
-    found = Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-    require(found, f"--model {name}: give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME")
+    found = name and (Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)))
+    require(found, f"--model {name or repr(name)}: give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False), path
     except Exception as error:
@@ -982,13 +986,17 @@ class Checkpoint:
         """Go back to where the file was written. Returns the steps done, [] where there is no file."""
         if not self.file.exists():
             return []
-        state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
-        self.policy.load_state_dict(state["policy"])
-        for name, remainder in state["remainders"].items():
-            self.policy.get_parameter(name).master_remainder.copy_(remainder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        return state["steps"]
+        try:
+            state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
+            self.policy.load_state_dict(state["policy"])
+            for name, remainder in state["remainders"].items():
+                self.policy.get_parameter(name).master_remainder.copy_(remainder)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            return state["steps"]
+        except Exception as error:  # pickle's, zip's, torch's
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            require(False, f"{self.file}: damaged ({why}); remove it, and --resume trains this iteration anew"[:400])
 
     def save(self, steps, now=False):
         """Write the file if the last one is `minutes` old, or `now`."""
@@ -1020,6 +1028,7 @@ def make_tiny(folder=CACHE / "tiny", steps=300):
     """
     if folder.exists():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)  # says now, not after training, that it cannot be written
     from tokenizers import Tokenizer, decoders, models
 
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *map(chr, range(32, 127))])}
@@ -1415,9 +1424,10 @@ class LLMJudge:
         require(url and model, "--judge llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         require(re.match(r"https?://.", url), f"--judge_url {url}: give an address like http://localhost:8000/v1")
         self.url, self.model, self.pool, self.cache = url.rstrip("/"), model, ThreadPoolExecutor(16), cache
-        self.known = {row["key"]: row["points"] for row in read_jsonl(cache)}
+        rows = read_jsonl(cache)
+        write_jsonl(cache, rows)  # without a torn last line
+        self.known = {row["key"]: row["points"] for row in rows}
         self.why = ""  # the last failure
-        cache.parent.mkdir(parents=True, exist_ok=True)
 
     def points(self, prompts, responses):
         """prompts: B lists of messages; responses: B lists of K texts -> points (B, K)."""
@@ -1444,14 +1454,12 @@ class LLMJudge:
         if key not in self.known:
             try:
                 reply = self.ask(body)["choices"][0]["message"]["content"]
-                points, self.why = read_points(reply, len(order)), "its reply has not 0 to 6 points for each answer"
+                self.known[key] = read_points(reply, len(order))
             except Exception as error:  # the client's, the server's, or a reply that is no chat completion
-                points, self.why = None, f"{type(error).__name__}: {error}"
-            if points is None:
+                self.why = f"{type(error).__name__}: {error}"
                 return [float("nan")] * len(texts)
-            self.known[key] = points
             with open(self.cache, "a") as file:  # one short write, whole even when threads or runs share the file
-                file.write(json.dumps({"key": key, "points": points}) + "\n")
+                file.write(json.dumps({"key": key, "points": self.known[key]}) + "\n")
         return [self.known[key][order.index(i)] for i in range(len(texts))]
 
     def ask(self, body):
@@ -1462,7 +1470,7 @@ class LLMJudge:
             try:
                 with urllib.request.urlopen(request, timeout=300) as reply:
                     return json.load(reply)
-            except OSError as error:  # also of urllib, also silence
+            except (OSError, http.client.HTTPException) as error:  # also of urllib, also silence
                 code = getattr(error, "code", 500)
                 if wait is None or (code < 500 and code not in (408, 429)):
                     raise
@@ -1471,14 +1479,16 @@ class LLMJudge:
 
 
 def read_points(reply, n):
-    """The points of id0 to id(n-1) in a judge's reply; None unless each has exactly one, from 0 to 6.
+    """The points of id0 to id(n-1) in a judge's reply. Raises ValueError unless each has exactly one, from 0 to 6.
 
     >>> read_points('Here: {"id1_score": 5, "id0_score": 2, "id0_justification": "brief"}', 2)
     [2, 5]
     """
     found = re.findall(r'"id(\d+)_score"\s*:\s*"?([0-6])"?\s*[,}]', reply.rpartition("</think>")[2])
     points = {int(i): int(score) for i, score in found}
-    return [points[i] for i in range(n)] if len(found) == n and points.keys() == set(range(n)) else None
+    if len(found) != n or points.keys() != set(range(n)):
+        raise ValueError("its reply has not 0 to 6 points for each answer")
+    return [points[i] for i in range(n)]
 
 
 JUDGES = {

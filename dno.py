@@ -263,8 +263,8 @@ def main(args):
     """Run DNO; returns the metrics of every iterate, the start first."""
     run, table, log = start_run(args, __file__)  # table: a row for each finished iterate, of --resume some already
     judge = load_judge(args)
-    newest = run / f"iter_{len(table) - 1}" / "policy"
-    policy, tokenizer = load_policy(newest if newest.exists() else args.model, args.device, args.checkpointing)
+    newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
+    policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     parts, held_out = split_prompts(tokenizer, args)
     parts = [add_gold(policy, tokenizer, part, args) if args.gold else part for part in parts]
     if not table:

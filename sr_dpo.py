@@ -44,7 +44,6 @@ from common import (
     cli,
     digit_prompts,
     encode_prompts,
-    eval_rows,
     evaluate,
     finish_iterate,
     finish_run,
@@ -111,6 +110,10 @@ class Args:
     track: Literal["", "wandb", "trackio", "tensorboard"] = HfArg(default="", help="Send metrics and samples there.")
     seed: int = HfArg(default=1, help="Seeds splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
+
+    def __post_init__(self):
+        if not self.refine_prompt.strip():
+            raise ValueError(f"--refine_prompt: give one of {', '.join(REFINE_PROMPTS)}, or a text")
 
 
 PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1, 0.3, 0.5 and 1 there, epochs are ours
@@ -237,7 +240,6 @@ def make_pairs(policy, tokenizer, pairs, args):
     A response over --max_new_tokens keeps its start. Pairs that are too long, or equal when cut, are left out.
     """
     p = REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt)
-    require(p.strip(), f"--refine_prompt: give one of {', '.join(REFINE_PROMPTS)}, or a text")
     print(f"p: {p!r}")
     rows = encode_prompts(tokenizer, pairs, args.max_prompt_tokens, "--pairs")
     rows = encode_prompts(
@@ -288,10 +290,10 @@ def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
     run, table, log = start_run(args, __file__)  # table: a row for each finished iterate, of --resume some already
     judge = load_judge(args) if args.judge else None
-    newest = run / f"iter_{len(table) - 1}" / "policy"
-    policy, tokenizer = load_policy(newest if newest.exists() else args.model, args.device, args.checkpointing)
+    newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
+    policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     pairs = make_pairs(policy, tokenizer, load_pairs(args.pairs, args.limit, args.seed), args)
-    (pairs,), held_out = split_rows(pairs, args, eval_rows(tokenizer, args))
+    (pairs,), held_out = split_rows(tokenizer, pairs, args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
     # the start's log-probs, which `measure` compares with
     scored = cached(run / "iter_0" / "held_out.jsonl", scored, lambda some: add_both(policy, some, "ref_logps", args))

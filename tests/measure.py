@@ -1,9 +1,10 @@
-"""What the benches share: where they ran, why a row has no figures, the peak memory of a call, and the record."""
+"""What the benches share: where they ran, taking turns, the peak memory of a call, and the record."""
 
 import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -48,15 +49,36 @@ def reason(error):
     return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
 
 
+def take_turns(contestants, run, repeats):
+    """{name: [run(name, round), ...]}, or why it failed; round 0 warms up and is left out."""
+    results = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name in [name for name, found in results.items() if isinstance(found, list)]:
+            try:
+                results[name] += [run(name, turn)][not turn :]
+            except Exception as error:  # whatever other people's code raises here
+                results[name] = reason(error)
+    return results
+
+
+def show(title, formats, results, figures):
+    """Print and return the table {name: its figures, or {"reason": why it has none}}.
+
+    formats: {column: format}; figures(name, result) -> numbers, None for unknown.
+    """
+    print(f"{title:<38}" + "".join(f"{column:>24}" for column in formats))
+    table = {}
+    for name, found in results.items():
+        known = dict(zip(formats, figures(name, found), strict=True)) if not isinstance(found, str) else None
+        cells = [f"{'-' if x is None else format(x, formats[column]):>24}" for column, x in (known or {}).items()]
+        print(f"{name:<38}" + ("".join(cells) if known else found))
+        table[name] = known or {"reason": found}
+    return table
+
+
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def resident(field):
-    """Bytes of this process in memory: now (VmRSS) or at most since the peak was set back (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def peak_memory(device, function, *inputs):
@@ -66,10 +88,11 @@ def peak_memory(device, function, *inputs):
         before = torch.cuda.memory_allocated()
         function(*inputs)
         return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = resident("VmRSS")
+    before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1])  # KiB in memory now
     function(*inputs)
-    return resident("VmHWM") - before
+    return 1024 * (int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before)  # at most, since then
 
 
 def memory_in_a_child():
@@ -85,17 +108,13 @@ def memory_in_a_child():
 def cpu():
     """The name of the processor, where Linux tells it."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    found = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
+    return found[1].strip() if found else "unknown"
 
 
 def rounded(value):
     """The same, with the floats in it cut to four digits."""
-    if isinstance(value, dict):
-        return {name: rounded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def write(name, result, folder=RESULTS):
@@ -106,7 +125,7 @@ def write(name, result, folder=RESULTS):
 
 
 def record(args, where=None, **tables):
-    """With --record, write tables {contestant: its figures, or {"reason": why it has none}} to FOLDER/NAME.json.
+    """With --record, write tables, as show returns them, to FOLDER/NAME.json.
 
     A child of memory_in_a_child, which has no `where`, adds them to what its parent has just written.
     """

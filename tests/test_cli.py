@@ -22,6 +22,7 @@ def cli(script, *flags):
 
 # Bad input -----------------------------------------------------------------------------------------------------------
 
+BEGUN = {**vars(sppo.Args(limit=40, n_eval=8, iterations=1, k=2)), "script": "sppo", "versions": {}}
 FILES = {  # name -> content, in the folder that the commands run in
     "empty.jsonl": "",
     "broken.jsonl": '{"prompt": "1"}\n{"prompt": ',
@@ -45,12 +46,27 @@ FILES = {  # name -> content, in the folder that the commands run in
     "runs/taken/config.json": "{}",
     "runs/list/config.json": "[1]",
     "runs/other/config.json": json.dumps({**vars(dno.Args()), "script": "dno", "versions": {}}),
-    "runs/mine/config.json": json.dumps({**vars(sppo.Args()), "script": "sppo", "versions": {}}),
+    "runs/mine/config.json": json.dumps({**BEGUN, "k": 5}),
+    "runs/odd/config.json": json.dumps({**BEGUN, "batch_size": [1]}),
+    "runs/tpu/config.json": json.dumps({**BEGUN, "device": "tpu"}),
+    "runs/null/config.json": json.dumps({**BEGUN, "model": None}),
+    "runs/gone/config.json": json.dumps(BEGUN),
+    "runs/gone/metrics.jsonl": '{"iterate": 0, "step": 0}\n{"iterate": 1, "step": 9}\n',
+    "runs/torn/config.json": json.dumps(BEGUN),
+    "runs/torn/metrics.jsonl": '{"iterate": 0, "step": 0}\n',
+    "runs/torn/iter_1/checkpoint.pt": "PK",
+    "runs/other_rows/config.json": json.dumps(BEGUN),
+    "runs/other_rows/metrics.jsonl": '{"iterate": 0, "step": 0}\n',
+    "runs/other_rows/iter_1/responses.jsonl": '{"prompt": [], "responses": []}\n',
+    "runs/numbers/config.json": json.dumps(BEGUN),
+    "runs/numbers/metrics.jsonl": '{"iterate": 0, "step": 0}\n',
+    "runs/numbers/iter_1/preferences.jsonl": "5\n",
     "no_model/config.json": "{}",
     "bad_model/config.json": "{",
     "no_weights/config.json": json.dumps(
         {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 99}
     ),
+    "runs/file": "",
     "no_split/test.jsonl": '{"prompt": "1"}',
     "nothing/readme.md": "a folder without data",
 }
@@ -107,12 +123,20 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--resume runs/list", "--resume 'runs/list': not the folder of a run"),
     (sppo, "--resume runs/taken", "--resume runs/taken: its config.json is not of a run"),
     (sppo, "--resume runs/other", "resume it with python dno.py"),
+    (sppo, "--resume runs/odd", "invalid int value: '[1]'"),
+    (sppo, "--resume runs/tpu", "--device: invalid choice: 'tpu'"),
+    (sppo, "--resume runs/null", "--model None: runs/null"),
+    (sppo, "--resume runs/gone", "--model runs/gone/iter_1/policy: give tiny"),
+    (sppo, "--resume runs/torn", "runs/torn/iter_1/checkpoint.pt: damaged"),
+    (sppo, "--resume runs/other_rows", "responses.jsonl: its rows are not this run's"),
+    (sppo, "--resume runs/numbers", "preferences.jsonl: its rows are not this run's"),
+    (sppo, "--name file", "File exists: 'runs/file'"),
     (sppo, "--resume runs/mine --k 3", "--k 3: runs/mine was begun with 5; leave the flag out"),
     (sppo, "--prompts=", "--prompts '': give a .jsonl"),
     (sppo, "--prompts none.jsonl", "--prompts none.jsonl: no such file"),
     (sppo, "--prompts data/none.txt", "--prompts 'data/none.txt': give a .jsonl"),
     (sppo, "--prompts text.txt", "--prompts 'text.txt': give a .jsonl"),
-    (sppo, "--prompts empty.jsonl", "--prompts empty.jsonl"),
+    (sppo, "--prompts empty.jsonl", "--prompts empty.jsonl: cannot be loaded: it is empty"),
     (sppo, "--prompts broken.jsonl", "--prompts broken.jsonl"),
     (sppo, "--prompts list.jsonl", "--prompts list.jsonl"),
     (sppo, "--prompts latin.jsonl", "--prompts latin.jsonl"),
@@ -121,7 +145,7 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--prompts null.jsonl", "row 1 has prompt; wanted prompt"),
     (sppo, "--prompts blank.jsonl", "none of its rows can be used"),
     (sppo, "--prompts answer.jsonl", "none of its rows can be used"),
-    (sppo, "--prompts one.jsonl", "1 prompts are too few"),
+    (sppo, "--prompts one.jsonl", "1 prompts are too few for 3 iterations and evaluation; raise --limit"),
     (sppo, "--prompts few.jsonl", "prompts are too few"),
     (sppo, "--prompts long.jsonl", "none is left: all are over --max_prompt_tokens 64"),
     (sppo, "--prompts control.jsonl", "none is left: all are with a control token in the text"),
@@ -138,6 +162,7 @@ BAD = [  # script, flags, words of the one line
     (sr_dpo, "--pairs no_answer.jsonl", "--pairs no_answer.jsonl, row 1"),
     (sr_dpo, "--pairs cut.jsonl", "none is left; raise --max_new_tokens"),
     (sppo, "--model nowhere", "--model nowhere: give tiny, mistral-7b"),
+    (sppo, "--model=", "--model '': give tiny"),
     (sppo, "--model no_model", "--model no_model"),
     (sppo, "--model bad_model", "--model bad_model"),
     (sppo, "--model no_weights --judge digits --max_new_tokens 16", "--model no_weights"),
@@ -160,14 +185,15 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, monkeypatch, capsys, scr
         (workdir / name).parent.mkdir(parents=True, exist_ok=True)
         (workdir / name).write_text(content, encoding="latin-1")
     monkeypatch.setattr(common, "BACK_OFF", ())
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
-    before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*")}
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/[!.]*")}
     with pytest.raises(SystemExit) as stopped:
         cli(script, *flags.split())
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     assert words in err, err
-    assert {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*")} == before, "nothing is half written"
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("runs/[!.]*")} == before, "nothing is half written"
 
 
 def test_there_are_enough_cases():
@@ -207,7 +233,7 @@ def test_what_a_run_prints(workdir, capsys, monkeypatch):
     assert lines[3].startswith("[0] ") and "right" in lines[3] and "mine 0.25" in said.out
     assert "[1] 32 prompts x 2 responses" in said.out and "beats the start" in said.out
     assert "% right; the best iterate, [1], beats the start" in said.out and lines[-1] == "Its policy: runs/x/final"
-    assert max(map(len, lines[3:])) <= 82
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):

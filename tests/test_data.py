@@ -1,16 +1,16 @@
-"""Data: the shapes and files that people have, what is left out and counted, splits; the digits."""
+"""Data of all shapes, splits, teachers' answers; the rule for truncated responses and judges of one's own."""
 
 import gzip
 import json
+from types import SimpleNamespace
 
-import pyarrow
-import pyarrow.parquet
+import datasets
 import pytest
+import torch
 
 import common
-from common import digit_prompts, load_prompts, load_rows, read_gold, split_rows
-from sppo import Args
-from sr_dpo import load_pairs
+import sr_dpo
+from common import DigitsJudge, digit_prompts, load_prompts, load_rows, preferences, read_gold, split_rows
 
 
 def user(text):
@@ -18,187 +18,191 @@ def user(text):
 
 
 def write(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def refusal(capsys, load, *args):
-    with pytest.raises(SystemExit) as stopped:
-        load(*args)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    return said
+def stopped(capsys, call, *args):
+    """call(*args) exits with code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as end:
+        call(*args)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    return err
 
 
-# Shapes --------------------------------------------------------------------------------------------------------------
-
-ASSISTANT = {"role": "assistant", "content": "fine"}
-WRONG = {"role": "assistant", "content": "bad"}
-TALK = [*user("q"), ASSISTANT, *user("and?")]
-TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
+FINE, BAD = ({"role": "assistant", "content": text} for text in ("fine", "bad"))
 SYSTEM = {"role": "system", "content": "be brief"}
-SHAPES = [  # row, its prompt, its pair if it is one
-    ({"prompt": "q"}, user("q"), None),
-    ({"prompt": TALK}, TALK, None),
-    ({"prompt": TALK_TEXT}, TALK, None),
-    ({"prompt": TALK_TEXT + " x"}, None, None),  # ends with an answer
-    ({"prompt": "Human: is no transcript"}, user("Human: is no transcript"), None),
-    ({"instruction": "q", "output": "a", "generator": "m"}, user("q"), None),
-    ({"instruction": "q", "input": "about this", "output": "a"}, user("q\n\nabout this"), None),
-    ({"instruction": "q", "input": "", "output": "a"}, user("q"), None),
-    ({"prompt": "q", "chosen": "fine", "rejected": " bad"}, user("q"), ("fine", " bad")),
-    ({"prompt": "q", "chosen": [*user("q"), ASSISTANT], "rejected": [*user("q"), WRONG]}, user("q"), ("fine", "bad")),
-    ({"prompt": user("q"), "chosen": [ASSISTANT], "rejected": [WRONG]}, user("q"), ("fine", "bad")),
-    ({"chosen": [SYSTEM, *TALK, ASSISTANT], "rejected": [SYSTEM, *TALK, WRONG]}, [SYSTEM, *TALK], ("fine", "bad")),
-    ({"chosen": TALK_TEXT + " fine", "rejected": TALK_TEXT + " bad\n"}, TALK, ("fine", "bad")),
-]
+TALK = [*user("q"), FINE, *user("and?")]
+TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
+ULTRA = [{"model": "falcon", "response": "bad"}, {"model": "gpt-4", "response": "fine"}]
+PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction, or chosen and rejected"
 
 
-@pytest.mark.parametrize(("row", "prompt", "pair"), SHAPES, ids=lambda x: json.dumps(x)[:50] if type(x) is dict else "")
-def test_every_shape_is_read(tmp_path, capsys, row, prompt, pair):
+@pytest.mark.parametrize(
+    ("row", "prompt", "gold", "pair"),
+    [
+        ({"prompt": "q"}, user("q"), None, NONE),
+        ({"prompt": TALK, "other": 1}, TALK, None, NONE),
+        ({"prompt": [SYSTEM, *user("q")], "gold": "fine"}, [SYSTEM, *user("q")], "fine", NONE),
+        ({"prompt": TALK_TEXT}, TALK, None, NONE),
+        ({"prompt": "Human: é\n☃"}, user("Human: é\n☃"), None, NONE),  # no transcript
+        ({"instruction": "q", "output": "fine", "generator": "m"}, user("q"), "fine", NONE),
+        ({"instruction": "q", "input": "about x", "output": "fine"}, user("q\n\nabout x"), "fine", NONE),
+        ({"instruction": "q", "input": "", "completions": ULTRA}, user("q"), "fine", NONE),
+        ({"instruction": "q", "completions": ULTRA[:1]}, user("q"), None, NONE),
+        ({"prompt": user("q"), "chosen": [FINE], "rejected": [BAD]}, user("q"), "fine", PAIR),
+        ({"prompt": "q", "chosen": [*user("q"), FINE], "rejected": [*user("q"), BAD]}, user("q"), "fine", PAIR),
+        ({"chosen": [*TALK, FINE], "rejected": [*TALK, BAD]}, TALK, "fine", PAIR),
+        ({"chosen": TALK_TEXT + " fine", "rejected": TALK_TEXT + " bad"}, TALK, "fine", PAIR),
+        ({"prompt": TALK_TEXT, **PAIR}, TALK, "fine", PAIR),
+        ({"prompt": "q", **PAIR, "score_chosen": 7, "score_rejected": 3}, user("q"), "fine", {**PAIR, "gap": 4}),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, user("q"), "a", "none of its rows can be used"),
+    ],
+    ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
+)
+def test_every_shape_is_read(tmp_path, capsys, row, prompt, gold, pair):
     path = write(tmp_path / "rows.jsonl", row)
-    if prompt is None:
-        assert "none of its rows" in refusal(capsys, load_prompts, path)
+    assert load_prompts(path) == [prompt]
+    if gold:
+        assert load_rows("--gold", path, read_gold) == [{"prompt": prompt, "gold": gold}]
     else:
-        assert load_prompts(path) == [prompt]
-    if pair:
-        assert load_pairs(path) == [{"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}]
+        assert "none of its rows can be used" in stopped(capsys, load_rows, "--gold", path, read_gold)
+    if isinstance(pair, dict):
+        assert sr_dpo.load_pairs(path) == [{"prompt": prompt, **pair}]
     else:
-        assert "--pairs" in refusal(capsys, load_pairs, path)
+        assert pair in stopped(capsys, sr_dpo.load_pairs, path)
 
 
-def test_gold_of_ultrafeedback_is_gpt_4s(tmp_path):
-    best, other = {"model": "gpt-4", "response": "best"}, {"model": "x", "response": "no"}
-    rows = [{"instruction": "q", "completions": [other, best]}, {"instruction": "r", "completions": [other]}]
-    rows += [{"prompt": "s", "response": "one"}, {"prompt": "t", "chosen": [*user("t"), ASSISTANT]}]
-    found = load_rows("--gold", write(tmp_path / "g.jsonl", *rows), read_gold)
-    assert [(row["prompt"][0]["content"], row["gold"]) for row in found] == [("q", "best"), ("s", "one"), ("t", "fine")]
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "a", "label": 1}, "row 2 has text, label; wanted prompt"),
+        ({"prompt": 3}, "row 2 has prompt;"),
+        ({"prompt": [{"role": "user", "content": 7}]}, "not text"),
+        ({"prompt": " \n"}, None),
+        ({"prompt": [FINE]}, None),  # the user does not have the last word
+    ],
+    ids=str,
+)
+def test_a_row_of_no_known_shape_stops_and_an_empty_one_is_counted(tmp_path, capsys, row, words):
+    row, good = json.dumps(row), json.dumps({"prompt": user("good")})
+    (tmp_path / "p.jsonl").write_text("\n".join([good, row, row, good]) + "\n")
+    if words:
+        assert words in stopped(capsys, load_prompts, str(tmp_path / "p.jsonl"))
+    else:
+        assert load_prompts(str(tmp_path / "p.jsonl")) == [user("good")]
+        assert "2 empty and 1 repeated rows left out" in capsys.readouterr().out
 
 
-BAD_ROWS = [
-    {"text": "a", "label": 1},
-    {"prompt": 3},
-    {"prompt": [{"content": "a"}]},
-    {"prompt": [{"role": "user", "content": None}]},
-    {"prompt": [{"role": "user", "content": 3}]},
-]
+def test_files_of_all_kinds_hold_the_same_and_a_folder_has_splits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": text} for text in ("one", "zwei ☃", "three", "one")]
+    write(tmp_path / "p.jsonl", *rows)
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    for file in [*tmp_path.glob("*.json*")]:
+        (tmp_path / (file.name + ".gz")).write_bytes(gzip.compress(file.read_bytes()))
+    for file in tmp_path.glob("*.*"):
+        assert load_prompts(str(file)) == [user("one"), user("zwei ☃"), user("three")], file
+    assert load_prompts("p.jsonl", limit=2) == [user("one"), user("zwei ☃")]
+    (tmp_path / "my.data").mkdir()
+    for split in ("train", "test"):
+        write(tmp_path / "my.data" / f"{split}.jsonl", {"prompt": split})
+    assert load_prompts("my.data") == [user("train")] and load_prompts("my.data:test") == [user("test")]
+    assert "nope" in stopped(capsys, load_prompts, "my.data:nope")
 
 
-@pytest.mark.parametrize("row", BAD_ROWS, ids=str)
-def test_a_row_of_no_known_shape_is_named_with_its_keys(tmp_path, capsys, row):
-    said = refusal(capsys, load_prompts, write(tmp_path / "p.jsonl", row))
-    if "none of its rows" not in said:
-        assert "row 1 has " + ", ".join(row) in said and "wanted prompt" in said
-
-
-NO_PAIRS = [
-    {"prompt": "q", "chosen": "same", "rejected": "same"},
-    {"prompt": "q", "chosen": " ", "rejected": "b"},
-    {"chosen": [*user("a"), ASSISTANT], "rejected": [*user("b"), WRONG]},  # without a common prompt
-]
-
-
-def test_rows_that_are_empty_or_repeated_are_left_out_and_counted(tmp_path, capsys):
-    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": " "}, {"prompt": "b"}, {"prompt": "a"})
-    assert load_prompts(path) == [user("a"), user("b")]
-    assert "1 empty and 1 repeated rows left out" in capsys.readouterr().out
-    assert load_prompts(path, limit=1) == [user("a")]
-    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    for row in NO_PAIRS:
-        assert len(load_pairs(write(tmp_path / "pairs.jsonl", good, row))) == 1
-        assert "1 empty and 0 repeated" in capsys.readouterr().out
-    said = refusal(capsys, load_pairs, write(tmp_path / "c.jsonl", {"chosen": user("a"), "rejected": user("b")}))
-    assert "does not end with the assistant's turn" in said
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def test_jsonl_json_and_parquet_gzipped_or_not_hold_the_same(tmp_path):
-    rows = [{"prompt": "one"}, {"prompt": "zwei ☃"}, {"prompt": TALK_TEXT}]
-    paths = [tmp_path / f"p.{kind}" for kind in ("jsonl", "json", "parquet")]
-    write(paths[0], *rows)
-    paths[1].write_text(json.dumps(rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[2])
-    paths.append(tmp_path / "p.jsonl.gz")
-    paths[3].write_bytes(gzip.compress(paths[0].read_bytes()))
-    paths.append(tmp_path / "bom.jsonl")
-    paths[4].write_bytes(b"\xef\xbb\xbf" + paths[0].read_bytes().replace(b"\n", b"\r\n"))
-    for path in paths:
-        assert load_prompts(str(path)) == [user("one"), user("zwei ☃"), TALK], path
-
-
-def test_a_folder_is_a_dataset_with_splits(tmp_path, capsys):
-    write(tmp_path / "data/train-00000-of-00002.jsonl", {"prompt": "t"})
-    write(tmp_path / "data/train-00001-of-00002.jsonl", {"prompt": "u"})
-    write(tmp_path / "data/test.jsonl", {"prompt": "e"})
-    assert load_prompts(str(tmp_path / "data")) == [user("t"), user("u")]
-    assert load_prompts(f"{tmp_path / 'data'}:test") == [user("e")]
-    assert "nope" in refusal(capsys, load_prompts, f"{tmp_path / 'data'}:nope")
-
-
-@pytest.mark.parametrize("source", ["ORG/NAME", "ORG/NAME:train_prefs", "hf://datasets/ORG/NAME/file.json"])
-def test_a_dataset_on_a_hub_that_is_away_is_one_line(source, capsys):
-    assert f"--prompts {source}: cannot be loaded" in refusal(capsys, load_prompts, source)
-
-
-# The digits, splits --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("source", ["none.jsonl", "p.txt", "bad.jsonl", "bad.jsonl.gz", "", "org/name:train", "a/b/c"])
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    [(tmp_path / name).write_bytes(b'{"prompt": "\xff"') for name in ("p.txt", "bad.jsonl", "bad.jsonl.gz")]
+    assert f"--prompts {source}" in stopped(capsys, load_prompts, source).replace("'", "")
 
 
 def test_digit_prompts_are_different_and_belong_to_their_seed():
-    prompts = digit_prompts(500, seed=1)
-    texts = [p[0]["content"] for p in prompts]
-    assert len(set(texts)) == 500 and {len(t) for t in texts} == {4, 5, 6, 7, 8} and all(map(str.isdigit, texts))
-    assert prompts == digit_prompts(500, seed=1) != digit_prompts(500, seed=2)
+    texts = [prompt[0]["content"] for prompt in digit_prompts(500, seed=1)]
+    assert len(set(texts)) == 500 and {len(text) for text in texts} == {4, 5, 6, 7, 8} and "".join(texts).isdigit()
+    assert digit_prompts(500, seed=1) == [user(text) for text in texts] != digit_prompts(500, seed=2)
 
 
-def test_parts_held_out_and_eval_prompts_are_disjoint():
-    rows = [{"prompt": prompt} for prompt in digit_prompts(103, seed=1)]
-    parts, held_out = split_rows(rows, Args(n_eval=13), [])
-    assert [len(part) for part in parts] == [30, 30, 30] and len(held_out) == 13
-    texts = [row["prompt"][0]["content"] for part in [held_out, *parts] for row in part]
-    assert len(set(texts)) == len(texts)
-    assert split_rows(rows, Args(n_eval=13), [])[1] == held_out != split_rows(rows, Args(n_eval=13, seed=2), [])[1]
-    assert len(split_rows(rows, Args(), [])[1]) == 25  # never more than a quarter
-    extra = [{**row, "benchmark": True} for row in rows[:40]]
-    parts, both = split_rows(rows, Args(n_eval=13), extra)
-    assert both[13:] == extra and not [row for part in [both[:13], *parts] for row in part if row in rows[:40]]
+@pytest.mark.parametrize(("copies", "n_eval", "held", "size"), [(1, 13, 13, 29), (1, 1000, 25, 25), (2, 13, 13, None)])
+def test_the_parts_and_the_held_out_prompts_are_disjoint(copies, n_eval, held, size, tmp_path, tiny, capsys):
+    """A prompt may come twice, as in pairs. --eval_prompts are kept apart. At most a quarter is held out."""
+    prompts = digit_prompts(103, seed=1)
+    rows = [{"prompt": prompt, "n": n} for prompt in prompts for n in range(copies)]
+    extra = [*prompts[:3], user("77")]
+    path = write(tmp_path / "eval.jsonl", *({"prompt": prompt} for prompt in extra))
+    args = SimpleNamespace(iterations=3, n_eval=n_eval, seed=1, eval_prompts=path, max_prompt_tokens=10)
+    _, tokenizer = common.load_policy(tiny)
+    parts, held_out = split_rows(tokenizer, rows, args)
+    benchmark = [row["prompt"] for row in held_out if "benchmark" in row]
+    assert (
+        len(held_out) == held + 4
+        and benchmark == extra
+        and "prompt_ids" in held_out[-1]
+        and len({len(part) for part in parts}) == 1
+    )
+    groups = [[row["prompt"][0]["content"] for row in some] for some in (held_out, *parts)]
+    assert all(set(groups[0]).isdisjoint(part) for part in groups[1:])
+    assert copies == 2 or (len(parts[0]) == size and len(set().union(*groups)) == sum(map(len, groups)))
+    assert split_rows(tokenizer, rows, args) == (parts, held_out)
+    args.iterations = 1000
+    assert "too few for 1000 iterations" in stopped(capsys, split_rows, tokenizer, rows, args)
 
 
-def test_too_few_prompts_to_split(capsys):
-    rows = [{"prompt": prompt} for prompt in digit_prompts(9, seed=1)]
-    assert len(split_rows(rows, Args(iterations=7), [])[0]) == 7
-    for few, iterations in ((9, 8), (7, 1)):  # one held-out prompt has no standard error
-        assert "too few" in refusal(capsys, split_rows, rows[:few], Args(iterations=iterations), [])
-
-
-# The judge of digits, truncated responses ----------------------------------------------------------------------------
+def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
+    policy, tokenizer = common.load_policy(tiny)
+    rows = [{"prompt": user(text), "n": n} for n, text in enumerate(("31", "25", "4", "6", "1"))]
+    texts = {"25": "2 5", "31": "13", "4": "</s>", "6": " ", "9": "9"}  # of some; "4" spells a control token
+    path = write(tmp_path / "g.jsonl", *({"prompt": x, "gold": y} for x, y in texts.items()))
+    args = SimpleNamespace(gold=path, max_new_tokens=3)
+    kept = common.add_gold(policy, tokenizer, rows, args)
+    assert [(row["n"], row["gold"]["text"]) for row in kept] == [(0, "13"), (1, "2 5")]
+    assert kept[0]["gold"] == {"text": "13", "ids": [*tokenizer("13").input_ids, 1], "finished": True, "teacher": True}
+    assert len(kept[1]["gold"]["ids"]) == 3 and not kept[1]["gold"]["finished"]  # cut, without EOS
+    assert "3 of 5 prompts left out" in capsys.readouterr().out
+    assert "answers none" in stopped(capsys, common.add_gold, policy, tokenizer, rows[4:], args)
+    args.gold = "digits"
+    assert [row["gold"]["text"] for row in common.add_gold(policy, tokenizer, rows, args)][:2] == ["13", "25"]
 
 
 def test_the_digits_judge_by_hand():
-    judge, prompt = common.DigitsJudge(), [user("3124")]
-    quality = judge.quality(prompt, [["1234", "1243", "123", "12344", ""]])
-    assert quality.tolist() == [[1.0, 0.5, 0.5, 0.75, -1.0]]  # 2 of 4; 3 of 4 less 1/4; all less 1/4; none less 1
-    prefs = judge(prompt, [["1234", "1243"]])[0]
-    assert prefs[0, 1].item() == pytest.approx(1 / (1 + 2.718281828**-5)) and prefs[0, 0] == 0.5
-    assert judge.metrics(prompt * 2, [["1234"], ["1243"]]) == {"exact_match": 0.5}
+    texts = ["0123", "0122", "012", "01234", "3210", "", "9" * 400, " 0123"]
+    quality = [1, 0.75, 0.75 - 0.25, 1 - 0.25, 0, -1, -1, -0.25]
+    assert DigitsJudge().quality([user("3102")], [texts]).tolist() == [quality]
+    prefs = DigitsJudge()([user("3102"), user("9")], [["0123", "0122"], ["9", "9"]])
+    assert prefs[0, 0, 1].item() == pytest.approx(1 / (1 + 2.718281828 ** (-10 * 0.25)), rel=1e-5)
+    torch.testing.assert_close(prefs[1], torch.full((2, 2), 0.5))
+    assert DigitsJudge().metrics([user("21"), user("4")], [["12", "1"], ["44", "4"]]) == {"exact_match": 0.5}
 
 
-def row_of(*finished):
-    return [{"prompt": user("q"), "responses": [{"text": str(i), "finished": f} for i, f in enumerate(finished)]}]
+def longest(prompts, responses):
+    """A judge of one's own: a plain function that likes length."""
+    n = torch.tensor([[float(len(text)) for text in texts] for texts in responses])
+    return torch.sigmoid(n[:, :, None] - n[:, None, :])
 
 
-def test_a_truncated_response_loses_to_a_finished_one_and_two_of_them_are_as_judged():
-    def judge(prompts, responses):  # one's own judge is a function: here the later one is better
-        return [[[0.5, 0.2, 0.2], [0.8, 0.5, 0.2], [0.8, 0.8, 0.5]] for _ in prompts]
+def test_a_truncated_response_loses_to_a_finished_one_and_two_are_as_judged(monkeypatch):
+    monkeypatch.setitem(common.JUDGES, "longest", lambda args: longest)
+    judge = common.load_judge(SimpleNamespace(judge="longest"))
+    texts, finished = ["a", "aaaa", "aaa", "aa"], [True, False, False, True]
+    responses = [{"text": text, "finished": f} for text, f in zip(texts, finished, strict=True)]
+    prefs, judged = preferences(judge, [{"prompt": [], "responses": responses}])[0], longest([""], [texts])[0]
+    assert prefs[0, 1] == prefs[0, 2] == prefs[3, 1] == prefs[3, 2] == 1
+    assert prefs[1, 0] == prefs[2, 0] == prefs[1, 3] == prefs[2, 3] == 0
+    for i, j in ((0, 3), (3, 0), (1, 2), (2, 1), (0, 0), (1, 1)):
+        assert prefs[i, j] == judged[i, j]
+    both = preferences(judge, [{"prompt": [], "responses": responses[::step]} for step in (3, -3)])  # both finished
+    assert both[0, 0, 1] == both[1, 1, 0] == judged[0, 3]
 
-    assert common.preferences(judge, row_of(True, False, False))[0, 0].tolist() == [0.5, 1, 1]
-    prefs = common.preferences(judge, row_of(True, False, False))[0]
-    assert prefs[1, 2].item() == pytest.approx(0.2) and prefs[1, 0] == 0
-    assert common.preferences(judge, row_of(True, True, False))[0, 0, 1].item() == pytest.approx(0.2)
+
+ODD = {"NaN": [[[0.5, float("nan")], [0.1, 0.5]]], "unfair": [[[0.5, 0.9], [0.9, 0.5]]], "K": [[[0.5] * 3] * 2]}
+ODD |= {"itself": [[[0.0, 0.9], [0.1, 0.0]]], "over 1": [[[0.5, 1.5], [-0.5, 0.5]]], "B": [[[0.5] * 2] * 2] * 2}
 
 
-@pytest.mark.parametrize("prefs", [[[0.5, 0.5]], [[[0.5, 0.9], [0.3, 0.5]]], [[[0.5, 1.5], [-0.5, 0.5]]]], ids=str)
-def test_a_judge_that_is_not_fair_is_refused(prefs, capsys):
-    assert "P(a > b) + P(b > a) = 1" in refusal(capsys, common.preferences, lambda *_: prefs, row_of(True, True))
+@pytest.mark.parametrize("how", ODD)
+def test_a_judge_that_returns_no_preferences_is_refused(how, capsys):
+    rows = [{"prompt": user("?"), "responses": [{"text": y, "finished": True} for y in "ab"]}]
+    assert "--judge: what it returns is no prefs (B, K, K)" in stopped(capsys, preferences, lambda *_: ODD[how], rows)

@@ -82,9 +82,7 @@ FIRST, SECOND = [0, 0, 1], [1, 2, 2]  # all pairs of actions
 
 def exact_loss(theta, log_pi_t, r, eta):
     logps = torch.log_softmax(theta, 0)
-    return dno_exact_loss(
-        logps[FIRST], logps[SECOND], log_pi_t[FIRST], log_pi_t[SECOND], r[FIRST], r[SECOND], eta
-    ).sum()
+    return dno_exact_loss(*(x[some] for x in (logps, log_pi_t, r) for some in (FIRST, SECOND)), eta).sum()
 
 
 def soft_policy_iteration(log_pi, r, eta):
@@ -131,13 +129,10 @@ def average_iterate(T):
 
 
 def test_the_average_iterate_of_exact_dno_reaches_nash():
-    short, middle, long = (average_iterate(T) for T in (30, 300, 3000))
-    assert (long - NASH).abs().max() < 0.03
-
-    def gap(policy):
-        return (GAME @ policy).max().item() - 0.5
-
-    assert gap(short) > 2 * gap(middle) > 4 * gap(long) > 0
+    policies = [average_iterate(T) for T in (30, 300, 2000)]
+    assert (policies[-1] - NASH).abs().max() < 0.03
+    short, middle, long = ((GAME @ policy).max().item() - 0.5 for policy in policies)  # duality gaps
+    assert short > 2 * middle > 4 * long > 0
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------
@@ -146,11 +141,7 @@ def test_the_average_iterate_of_exact_dno_reaches_nash():
 def row_of(n, gold=True):
     """A row of n responses of the student, ids 0 to n - 1, and the teacher's, 99."""
     ys = [{"ids": [i], "text": str(i), "finished": True} for i in range(n)]
-    return {
-        "prompt_ids": [7],
-        "prompt": [],
-        "responses": [*ys, {**ys[0], "ids": [99], "teacher": True}] if gold else ys,
-    }
+    return {"prompt": [], "responses": [*ys, {**ys[0], "ids": [99], "teacher": True}] if gold else ys}
 
 
 def pairs_of(rates, points=None, gold=True, **settings):
@@ -236,9 +227,7 @@ def test_replay_proportions(new, earlier, sizes):
     lists = [[(t, i) for i in range(n)] for t, n in enumerate(earlier)]
     rows = with_replay(["new"] * new, lists, 0.3, random.Random(0))
     found = [sum(row != "new" and row[0] == t for row in rows) for t in range(len(earlier))]
-    assert rows[:new] == ["new"] * new and len(set(rows)) == len(rows) - max(0, new - 1)
     assert all(abs(a - b) <= 2 for a, b in zip(found, sizes, strict=True))
-    assert all(n <= 0.3 / 2 ** (len(earlier) - 1 - t) * len(rows) for t, n in enumerate(found))
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
@@ -247,7 +236,7 @@ def test_replay_proportions(new, earlier, sizes):
 @pytest.mark.parametrize("variant", ["dno", "exact"])
 def test_the_steps_are_those_of_the_equations(workdir, tiny, variant):
     """DNO-Prct is DPO with the reference renewed: the loss as the DPO paper writes it, at eta = beta; exact: eq. 12."""
-    folder, _ = run(dno, **TWO, k=2, eta=0.5, sft_alpha=0.25, variant=variant)
+    folder, _ = run(dno, **{**TWO, "limit": 16}, k=2, eta=0.5, sft_alpha=0.25, variant=variant, micro_tokens=100)
     pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
 
     def value(policy, pair):
@@ -267,43 +256,26 @@ def test_the_steps_are_those_of_the_equations(workdir, tiny, variant):
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
-FEW = {"limit": 60, "n_eval": 12, "iterations": 2, "epochs": 1, "k": 3}
+FEW = {"limit": 60, "n_eval": 12, "iterations": 2, "k": 3, "batch_size": 10_000}  # one step an iteration
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "exact"}, {"variant": "spin"}, {"gold": ""}], ids=str)
-def test_every_variant_runs(workdir, settings):
+@pytest.mark.parametrize("variant", ["dno", "exact", "all", "restrictive", "spin", "no teacher"])
+def test_every_variant_runs(workdir, variant):
+    settings = {"gold": ""} if variant == "no teacher" else {"variant": variant}
+    kinds = {"teacher_student"} if variant in ("restrictive", "spin") else {"student_student"}
+    kinds |= {"teacher_student"} if variant in ("dno", "exact", "all") else set()  # no student beats this teacher
     folder, table = run(dno, **FEW, **settings)
     pairs = [lines(folder / f"iter_{t}" / "pairs.jsonl") for t in (1, 2)]
-    kinds = {pair["kind"] for pair in pairs[0]}
     assert len(table) == 3 and table[2]["replayed"] > 0 and table[1]["replayed"] == 0
+    assert {pair["kind"] for pair in pairs[0]} == kinds
     assert table[1]["pairs"] == len(pairs[0]) == sum(table[1][kind] for kind in kinds)
     assert table[2]["pairs"] == len(pairs[1]) + table[2]["replayed"]
-    if settings.get("variant") == "spin":
-        assert kinds == {"teacher_student"}
-    if settings.get("gold") == "":
-        assert kinds == {"student_student"}
     policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "iter_1/policy")
     with torch.no_grad():
         for pair in pairs[1][:5]:  # the reference is pi_2
             torch.testing.assert_close(torch.tensor(pair["ref_logps"]), log_pi(policy, pair), atol=1e-3, rtol=0)
-
-
-def test_replayed_pairs_have_the_new_policy_as_reference(workdir, monkeypatch):
-    """Their log-probs of iteration 1 stand in pairs.jsonl, and are not what iteration 2 trains on."""
-    seen, add = [], dno.add_logps
-
-    def spy(policy, pairs, name, *more):
-        add(policy, pairs, name, *more)
-        seen.append([(pair["prompt_ids"], pair["responses"], list(pair[name])) for pair in pairs])
-
-    monkeypatch.setattr(dno, "add_logps", spy)
-    folder, table = run(dno, **FEW)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "iter_1/policy")
-    x, ys, logps = seen[1][-1]  # replayed ones are last
-    assert table[2]["replayed"] > 0 and x in [pair["prompt_ids"] for pair in lines(folder / "iter_1/pairs.jsonl")]
-    with torch.no_grad():
-        right = log_pi(policy, {"prompt_ids": x, "responses": ys})
-    torch.testing.assert_close(torch.tensor(logps), right, atol=1e-3, rtol=0)
+    (step,) = lines(folder / "iter_2/steps.jsonl")  # of the replayed pairs as well, whose file says pi_1
+    assert abs(step["chosen_log_ratio"]) < 1e-4 and abs(step["rejected_log_ratio"]) < 1e-4
 
 
 def test_prompts_that_the_teacher_does_not_answer_are_left_out_and_counted(workdir, capsys):
@@ -322,8 +294,3 @@ def test_margins_that_nothing_passes_end_the_run_in_one_line(workdir, capsys):
         run(dno, margin=1.0, min_score=1.0, **FEW)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "--margin" in said
-
-
-def test_recipes_name_arguments_that_exist():
-    assert set(dno.RECIPES) - {"tiny", "other"} <= set(common.MODELS)
-    assert all(set(recipe) <= set(vars(Args())) for recipe in dno.RECIPES.values())

@@ -20,7 +20,6 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
     "eos_token_id": None, "initializer_range": 0.3,  # far from uniform: a wrong mask or position changes the samples
 }  # fmt: skip
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 HEADS_OF_8 = {"head_dim": 8, "query_pre_attn_scalar": 8}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0}
 FAMILIES = {  # grouped-query attention in most; all windows are shorter than the sequences
@@ -31,7 +30,7 @@ FAMILIES = {  # grouped-query attention in most; all windows are shorter than th
     "gemma2-eager": (hf.Gemma2Config, {**HEADS_OF_8, **SOFTCAPS, "sliding_window": 6, "attention": "eager"}),
     "cohere-scale": (hf.CohereConfig, {"logit_scale": 0.25}),
     "gpt-neox": (hf.GPTNeoXConfig, {}),
-    "gpt2": (hf.GPT2Config, GPT2),  # absolute positions
+    "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),  # absolute positions
 }
 HYBRID = {
     "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_experts": 0,

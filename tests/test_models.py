@@ -1,40 +1,30 @@
 """Models on disk: load, save, checkpoint, refusals; prompts and answers as token ids."""
 
-import random
-
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import processors
 
 import common
-from common import Checkpoint, SplitMaster, encode_prompts, load_policy, make_tiny, response_logps, save_policy
+from common import as_messages, encode_prompts, load_policy, response_logps, save_policy
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 1}
-SIZES |= {"initializer_range": 0.3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": 1}
 WINDOW = {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
 FAMILIES = {
     "llama": (hf.LlamaConfig, {}),
-    "mistral": (hf.MistralConfig, {"sliding_window": 4}),
-    "qwen3": (hf.Qwen3Config, {**WINDOW, "use_sliding_window": True}),
     "gemma2, soft-caps": (hf.Gemma2Config, {**WINDOW, **CAPS}),
-    "gemma3": (hf.Gemma3TextConfig, {**WINDOW, "query_pre_attn_scalar": 8}),
-    "cohere, logit_scale": (hf.CohereConfig, {"logit_scale": 0.25}),
-    "granite, logits_scaling": (hf.GraniteConfig, {"logits_scaling": 4.0}),
-    "gpt-neox": (hf.GPTNeoXConfig, {}),
-    "gpt2 with dropout": (hf.GPT2Config, {**GPT2, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),
+    "cohere, scale": (hf.CohereConfig, {"logit_scale": 0.25}),
+    "granite, scale": (hf.GraniteConfig, {"logits_scaling": 4.0}),
 }
-PROMPTS = [[0, 5, 9, 40], [0], [7, 7, 7, 7, 7, 7, 2, 40]]
-RESPONSES = [[8, 9, 1], [4, 4, 4, 4, 4, 4, 4, 1], [99]]
+PROMPTS, RESPONSES = [[0, 5, 9, 40], [0], [7, 7, 7, 7, 2, 40]], [[8, 9, 1], [4, 4, 4, 4, 4, 1], [99]]
 
 
-def build(config_class=hf.LlamaConfig, settings=(), seed=0):
-    torch.manual_seed(seed)
-    return hf.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **dict(settings)})).eval()
+def build(config_class=hf.LlamaConfig, **settings):
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(config_class(**SIZES | settings)).eval()
 
 
 @pytest.fixture
@@ -42,81 +32,33 @@ def tokenizer(tiny):
     return hf.AutoTokenizer.from_pretrained(tiny)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "policy"
-
-
 def same_bits(policy, other):
     return all(torch.equal(p, q) for p, q in zip(policy.parameters(), other.parameters(), strict=True))
 
 
-# Save and load --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_policy_comes_back_to_the_bit_and_its_log_probs_are_its_own(family, folder, tokenizer):
-    built = build(*FAMILIES[family])
-    save_policy(built, tokenizer, folder)
-    policy, theirs = load_policy(folder)
+def test_a_policy_comes_back_to_the_bit_and_its_log_probs_are_its_own(family, tmp_path, tokenizer, monkeypatch, capsys):
+    built = build(FAMILIES[family][0], **FAMILIES[family][1])
+    save_policy(built, tokenizer, tmp_path)
+    policy, theirs = load_policy(tmp_path)
     assert same_bits(policy, built) and not policy.training and policy.dtype == torch.float32
     assert theirs("12=").input_ids == tokenizer("12=").input_ids
-    logps = response_logps(policy, PROMPTS, RESPONSES)
-    for prompt, response, logp in zip(PROMPTS, RESPONSES, logps, strict=True):  # from all logits, in float64
-        logits = built(input_ids=torch.tensor([prompt + response])).logits[0].double()
+    for prompt, response, logp in zip(PROMPTS, RESPONSES, response_logps(policy, PROMPTS, RESPONSES), strict=True):
+        logits = built(input_ids=torch.tensor([prompt + response])).logits[0].double()  # all of them, in float64
         by_token = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         assert logp.item() == pytest.approx(sum(by_token[n, y].item() for n, y in enumerate(response)), abs=1e-4)
+    monkeypatch.setattr(common, "head", lambda policy: {"weight": policy.get_output_embeddings().weight})
+    if family != "llama":  # a head of an unknown kind is found by its numbers
+        assert "head are not those of a plain decoder" in refusal(capsys, tmp_path)
 
 
-def trained(policy, steps=5):
-    """After some steps of SplitMaster, too small to be seen in bf16 alone."""
-    optimizer = SplitMaster(policy.parameters(), lr=1e-5)
-    for _ in range(steps):
-        response_logps(policy, PROMPTS, RESPONSES).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return policy
-
-
-def test_the_float32_master_of_bf16_weights_comes_back_to_the_bit(folder, tokenizer):
-    policy = trained(build().bfloat16())
-    save_policy(policy, tokenizer, folder)
-    loaded, _ = load_policy(folder)
-    rest = 0
-    for p, q in zip(policy.parameters(), loaded.parameters(), strict=True):
-        bits = (p.view(torch.int16).int() << 16) + p.master_remainder  # by hand: the high half and the rest
-        assert torch.equal(q.view(torch.int32), bits)
-        rest += p.master_remainder.count_nonzero().item()
-    assert rest > 1000
-    assert same_bits(hf.AutoModelForCausalLM.from_pretrained(folder), policy)  # others see the rounded weights
-    if torch.cuda.is_available():
-        for p, q in zip(policy.parameters(), load_policy(folder, "cuda")[0].cpu().parameters(), strict=True):
-            assert torch.equal(p, q) and torch.equal(p.master_remainder, q.master_remainder.cpu())
-    save_policy(build().bfloat16(), tokenizer, folder)  # the next one has no remainders: the old ones are gone
-    assert same_bits(load_policy(folder)[0], build().bfloat16().float())
-
-
-def test_saving_replaces_a_folder_and_a_save_that_fails_leaves_it(folder, tokenizer, monkeypatch):
-    save_policy(build(seed=1), tokenizer, folder)
-    (folder / "old.txt").write_text("old")
-    save_policy(build(), tokenizer, folder)
-    assert list(folder.parent.iterdir()) == [folder] and not (folder / "old.txt").exists()
-    monkeypatch.setattr(tokenizer, "save_pretrained", lambda path: 1 / 0)
-    for place in (folder, folder.with_name("new")):
-        with pytest.raises(ZeroDivisionError):
-            save_policy(build(seed=1), tokenizer, place)
-    assert same_bits(load_policy(folder)[0], build()) and not folder.with_name("new").exists()
-
-
-def train(checkpoint, until):
-    """Go on from the checkpoint to step `until`: all numbers that the next step depends on."""
-    policy, optimizer, scheduler, steps = (
-        checkpoint.policy,
-        checkpoint.optimizer,
-        checkpoint.scheduler,
-        checkpoint.load(),
-    )
+def train(policy, file, minutes, until=6):
+    """Go on from the checkpoint in `file` to step `until`: all numbers that the next step depends on."""
+    optimizer = common.make_optimizer(policy, 1e-4)
+    scheduler = hf.get_linear_schedule_with_warmup(optimizer, 1, 9)
+    checkpoint = common.Checkpoint(file, policy, optimizer, scheduler, minutes)
+    steps = checkpoint.load()
     while len(steps) < until:
         response_logps(policy, PROMPTS, RESPONSES).sum().backward()
         optimizer.step()
@@ -132,23 +74,27 @@ def train(checkpoint, until):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_goes_on_from_a_checkpoint_to_the_bit(dtype, tmp_path):
-    file = tmp_path / "iter_1" / "checkpoint.pt"
-
-    def start(minutes):
-        policy = build().to(dtype)
-        optimizer = common.make_optimizer(policy, 1e-3)
-        return Checkpoint(file, policy, optimizer, hf.get_linear_schedule_with_warmup(optimizer, 1, 9), minutes)
-
-    right = train(start(minutes=1000), 6)
+    file = tmp_path / "checkpoint.pt"
+    right = train(build().to(dtype), file, minutes=1000)
     assert not file.exists()  # 1000 minutes have not passed
-    train(start(minutes=0), 3)
+    train(build().to(dtype), file, minutes=0, until=3)
     written = file.read_bytes()
     for minutes in (1000, 0):  # the file is mapped into memory: training must not change it, saving may replace it
-        assert all(torch.equal(a, b) for a, b in zip(train(start(minutes), 6), right, strict=True))
+        got = train(build().to(dtype), file, minutes)
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
         assert (file.read_bytes() == written) == (minutes == 1000)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+def test_the_float32_master_of_bf16_weights_comes_back_to_the_bit(tmp_path, tokenizer):
+    policy = build().bfloat16()
+    train(policy, tmp_path / "none", minutes=1000)
+    save_policy(policy, tokenizer, tmp_path)
+    for p, q in zip(policy.parameters(), load_policy(tmp_path)[0].parameters(), strict=True):
+        bits = (p.view(torch.int16).int() << 16) + p.master_remainder  # by hand: the high half and the rest
+        assert p.master_remainder.any() and torch.equal(q.view(torch.int32), bits)
+    assert same_bits(hf.AutoModelForCausalLM.from_pretrained(tmp_path), policy)  # others see the rounded weights
+    save_policy(build().bfloat16(), tokenizer, tmp_path)  # without remainders: the old ones are gone
+    assert same_bits(load_policy(tmp_path)[0], build().bfloat16().float())
 
 
 def refusal(capsys, name):
@@ -159,117 +105,58 @@ def refusal(capsys, name):
     return err
 
 
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def as_pickle(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-DAMAGE = {
-    "config.json cannot be loaded": lambda folder: (folder / "config.json").unlink(),
-    "tokenizer or weights": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
-    "cannot be loaded": lambda folder: (folder / "model.safetensors").write_bytes(b"half of"),
-    "in safetensors": as_pickle,  # which could run code
-    # transformers would fill these at random
-    "lacks lm_head.weight": lambda folder: change_weights(folder, lambda w: w.pop("lm_head.weight")),
-    "lacks ('model.norm.weight'": lambda folder: change_weights(
-        folder, lambda w: w.update({"model.norm.weight": torch.ones(3)})
-    ),
-}
-
-
-@pytest.mark.parametrize("words", DAMAGE)
-def test_a_damaged_folder_is_refused(words, folder, tokenizer, capsys):
-    save_policy(build(), tokenizer, folder)
-    DAMAGE[words](folder)
-    assert words in refusal(capsys, folder)
-
-
-ELSE = {  # (configuration, settings), or what is done to a Llama's tokenizer
-    "no EOS": lambda tokenizer: setattr(tokenizer, "eos_token", None),
-    "its tokenizer has 103 tokens, the model 100": lambda tokenizer: tokenizer.add_tokens([*"äöüßé"]),
-    "head is more than a linear layer": (hf.PhiConfig, {}),  # a bias
-    "full and sliding attention are": (hf.Llama4TextConfig, {"head_dim": 8, "num_local_experts": 2}),  # no base_model
-    "not supported: only": (hf.MambaConfig, {"state_size": 4}),  # no cache of keys and values
-}
-
-
-@pytest.mark.parametrize("words", ELSE)
-def test_a_model_that_would_be_computed_wrongly_is_refused(words, folder, tokenizer, capsys):
-    what = ELSE[words]
-    policy = build(*what) if isinstance(what, tuple) else build()
-    if callable(what):
-        what(tokenizer)
-    save_policy(policy, tokenizer, folder)
-    assert words in refusal(capsys, folder)
-
-
-@pytest.mark.parametrize("family", ["gemma2, soft-caps", "cohere, logit_scale", "granite, logits_scaling"])
-def test_a_head_of_an_unknown_kind_is_found_by_its_numbers(family, folder, tokenizer, capsys, monkeypatch):
-    save_policy(build(*FAMILIES[family]), tokenizer, folder)
-    monkeypatch.setattr(common, "head", lambda policy: {"weight": policy.get_output_embeddings().weight})
-    assert "head are not those of a plain decoder" in refusal(capsys, folder)
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "pythia-2.8b", "nowhere", "../x"])
-def test_what_is_not_here_is_refused_while_offline(name, workdir, capsys):
-    refusal(capsys, name)
-
-
-# tiny -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("model", "damage", "words"),
+    [
+        ({}, "config.json", "its config.json cannot be loaded"),
+        ({}, "tokenizer*", "tokenizer or weights"),
+        ({}, "model.safetensors", "weights (in safetensors) cannot be loaded"),  # a pickle is there, which may run code
+        ({}, {"lm_head.weight": None}, "it lacks lm_head.weight"),  # transformers would fill this one at random
+        ({}, {"model.norm.weight": torch.ones(3)}, "it lacks ('model.norm.weight'"),
+        ({"eos_token": None}, None, "its tokenizer has no EOS"),
+        ({"vocab_size": 97}, None, "its tokenizer has 98 tokens, the model 97"),
+        ({"config_class": hf.PhiConfig}, None, "its head is more than a linear layer"),  # a bias
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_be_computed_wrongly_is_refused(tmp_path, tokenizer, capsys, model, damage, words):
+    tokenizer.eos_token = model.get("eos_token", tokenizer.eos_token)
+    policy = build(**{name: value for name, value in model.items() if name != "eos_token"})
+    save_policy(policy, tokenizer, tmp_path)
+    if isinstance(damage, str):
+        torch.save(policy.state_dict(), tmp_path / "pytorch_model.bin")
+        [file.unlink() for file in tmp_path.glob(damage)]
+    elif damage:
+        tensors = {name: x for name, x in (policy.state_dict() | damage).items() if x is not None}
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert words in refusal(capsys, tmp_path)
 
 
 def test_tiny_is_a_folder_as_others_and_is_made_once(workdir, tiny):
-    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert files < {file.name for file in tiny.iterdir()}
-    before = (tiny / "model.safetensors").stat().st_mtime_ns
-    policy, tokenizer = load_policy("tiny")
-    assert (tiny / "model.safetensors").stat().st_mtime_ns == before
-    assert policy.num_parameters() == 455_808 and common.stop_ids(policy, tokenizer) == [1]
-    assert tokenizer.decode(tokenizer("0123 ~!").input_ids) == "0123 ~!"
+    files = {file.name: file.stat().st_mtime_ns for file in tiny.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < files.keys()
+    tokenizer = load_policy("tiny")[1]
+    assert files == {file.name: file.stat().st_mtime_ns for file in tiny.iterdir()}
+    assert len(tokenizer) == 98 and tokenizer.decode(tokenizer("0123 ~!").input_ids) == "0123 ~!"
+    prompt = encode_prompts(tokenizer, [{"prompt": as_messages("3142")}], 9)[0]["prompt_ids"]
+    assert tokenizer.decode(prompt) == "<s>3142="  # it ends where the answer begins
+    torch.manual_seed(1)  # which making it does not read
+    first, second = (common.make_tiny(workdir / name, steps=2) / "model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
 
-
-def test_tiny_neither_reads_nor_moves_the_global_random_numbers(tmp_path):
-    made = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        before = torch.get_rng_state(), random.getstate()
-        made.append((make_tiny(tmp_path / str(seed), steps=2) / "model.safetensors").read_bytes())
-        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-    assert made[0] == made[1]
-
-
-# Chat templates, BOS, end of turn -------------------------------------------------------------------------------------
 
 NO_BOS = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-ONE_TURN = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + NO_BOS
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def encode(tokenizer, *prompts, max_tokens=50):
-    return encode_prompts(tokenizer, [{"prompt": prompt} for prompt in prompts], max_tokens)
 
 
 @pytest.mark.parametrize(
     ("template", "adds_bos", "bos", "text"),
     [
-        ("{{ bos_token }}" + NO_BOS, False, "<s>", "<s>[12]"),
         ("{{ bos_token }}" + NO_BOS, True, "<s>", "<s>[12]"),  # Llama
         (NO_BOS, True, "<s>", "<s>[12]"),
         (None, True, "<s>", "<s>12"),
         (NO_BOS, False, "<s>", "[12]"),  # has one, but wants none: GPT-NeoX
         (NO_BOS, False, None, "[12]"),  # has none: Qwen
-        (None, False, None, "12"),
     ],
 )
 def test_bos_is_there_exactly_once_for_a_model_that_wants_one(tokenizer, template, adds_bos, bos, text, capsys):
@@ -277,29 +164,19 @@ def test_bos_is_there_exactly_once_for_a_model_that_wants_one(tokenizer, templat
     if adds_bos:
         post = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
         tokenizer.backend_tokenizer.post_processor = post
-    (row,) = encode(tokenizer, user("12"))
-    assert row["prompt"] == user("12") and tokenizer.decode(row["prompt_ids"]) == text
+    (row,) = encode_prompts(tokenizer, [{"prompt": as_messages("12")}], 9)
+    assert row["prompt"] == as_messages("12") and tokenizer.decode(row["prompt_ids"]) == text
     assert ("no chat template" in capsys.readouterr().out) == (template is None)
 
 
-def test_a_prompt_of_tiny_ends_where_its_answer_begins(tokenizer):
-    assert tokenizer.decode(encode(tokenizer, user("3142"))[0]["prompt_ids"]) == "<s>3142="
-
-
-@pytest.mark.parametrize(
-    ("template", "stops", "end"),
-    [
-        (TURNS, [1, 98], 98),  # Llama-3 and Gemma: a turn ends otherwise than a text
-        (TURNS, [1], 1),  # what ends a turn does not end an answer
-        (NO_BOS, 1, 1),  # no token between the turns
-        (None, None, 1),
-    ],
+@pytest.mark.parametrize(  # as Llama-3 and Gemma; what ends a turn does not end an answer; no turns
+    ("template", "stops", "end"), [(TURNS, [1, 98], 98), (TURNS, [1], 1), (None, None, 1)]
 )
 def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer, template, stops, end):
     tokenizer.add_tokens(["<|end|>"], special_tokens=True)
     tokenizer.chat_template, policy = template, build()
     policy.generation_config.eos_token_id = stops
-    assert common.stop_ids(policy, tokenizer) == (stops if template == TURNS else [1])
+    assert common.stop_ids(policy, tokenizer) == (stops or [1])
     ids = [*tokenizer("12").input_ids, end]
     assert common.as_response(policy, tokenizer, "12", 3) == {"text": "12", "ids": ids, "finished": True}
     assert common.as_response(policy, tokenizer, "12", 2) == {"text": "12", "ids": ids[:2], "finished": False}
@@ -307,16 +184,17 @@ def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer, template, sto
 
 def test_rows_that_cannot_be_prompts_are_left_out_and_counted(tokenizer, capsys):
     tokenizer.add_tokens(["<|im_end|>", "  "])  # the template writes it; the blanks are text, as in GPT-NeoX
-    tokenizer.chat_template = ONE_TURN + "<|im_end|>"
-    texts = ["1", "a</s>", "a <|im_end|> b", "a  b", "x" * 50, "(</s", "é <unk>"]
-    rows = [{"prompt": user(text)} for text in texts] + [{"prompt": user("1") * 2}]
-    rows += [{"prompt": user("2"), "chosen": "3", "rejected": x} for x in ("4", "<s>")]
+    one_turn = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    tokenizer.chat_template = one_turn + NO_BOS + "<|im_end|>"
+    texts = "1", "</s>", "a <|im_end|> b", "a  b", "x" * 50, "(</s", "é <unk>", "2", "3", "4"
+    rows = [{"prompt": as_messages(text)} for text in texts] + [{"prompt": as_messages("1") * 2}]
+    for row, rejected in zip(rows[7:10], ("4", "a<s>", "</s>"), strict=True):
+        row |= {"chosen": "3", "rejected": rejected}
     kept = encode_prompts(tokenizer, rows, 12, "--pairs")
     assert [row["prompt"][0]["content"] for row in kept] == ["1", "a  b", "(</s", "é <unk>", "2"]
     said = capsys.readouterr().out
-    for words in ("3 of 10 left out: with a control token", "1 of 10 left out: over --max_prompt_tokens 12"):
-        assert f"--pairs: {words}" in said
-    assert "1 of 10 left out: rejected by the chat template" in said
+    for why in ("4 of 11 left out: with a control", "1 of 11 left out: over --max", "1 of 11 left out: rejected"):
+        assert f"--pairs: {why}" in said
     with pytest.raises(SystemExit):
-        encode(tokenizer, user("</s>"), max_tokens=9)
+        encode_prompts(tokenizer, rows[1:2], 12)
     assert "--prompts: none is left: all are with a control token" in capsys.readouterr().err

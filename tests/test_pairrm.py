@@ -1,44 +1,43 @@
-"""PairRM against an independent writing of its description, on a toy with the published layout."""
+"""PairRM against an independent writing, and against llm-blender's own answers for a toy with its layout.
+
+The published weights give the two numbers of their model card: PAIRRM=DIR python -m pytest tests/test_pairrm.py
+"""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import DebertaV2Config
 
 import common
-from common import PairRM
+from common import PairRM, as_messages
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789?!,.'|<>[]/"
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "pairrm"
+WORDS = ["light", "stone", "river", "code", "answer", "good", "bad"]
 CONTROL = ["[MASK]", "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 DEBERTA = {  # what makes DeBERTa-v2 a v3: shared relative positions of both kinds, no absolute ones, no token types
-    "relative_attention": True,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-    "layer_norm_eps": 1e-7,
-    "max_relative_positions": -1,
-    "drop_out": 0.05,
-    "n_tasks": 1,
-}
+    "relative_attention": True, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7, "max_relative_positions": -1,
+    "drop_out": 0.05, "n_tasks": 1,
+}  # fmt: skip
 
 
-def build(folder):
-    """A toy checkpoint with the layout of llm-blender/PairRM-hf: random weights, a token per letter or word."""
-    words = ["light", "stone", "river", "code", "answer", "good", "bad"]
-    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "▁", *LETTERS, *("▁" + word for word in words)]
-    vocab = [(piece, -float(len(LETTERS) if len(piece) == 1 else 1)) for piece in pieces]
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with the layout of llm-blender/PairRM-hf: random weights, a token per letter or word."""
+    folder, letters = tmp_path_factory.mktemp("pairrm"), "abcdefghijklmnopqrstuvwxyz0123456789?!,.'|<>[]/"
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "▁", *letters, *("▁" + word for word in WORDS)]
+    vocab = [(piece, -float(len(letters) if len(piece) == 1 else 1)) for piece in pieces]
     tokenizer = transformers.DebertaV2Tokenizer(vocab=vocab, do_lower_case=False)
     tokenizer.add_tokens(CONTROL)
     first = tokenizer.convert_tokens_to_ids("<|source|>")
-    ids = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"), range(first, 10**6)))  # noqa: B905
-    config = DebertaV2Config(**SIZES, **DEBERTA, vocab_size=len(tokenizer), position_buckets=16, **ids)
+    ids = {"source_prefix_id": first, "cand1_prefix_id": first + 1, "cand2_prefix_id": first + 2}
+    config = transformers.DebertaV2Config(**SIZES, **DEBERTA, **ids, vocab_size=len(tokenizer), position_buckets=16)
     torch.manual_seed(0)
     net = common.PairRMNet(config)
     for name, p in net.named_parameters():
@@ -46,35 +45,12 @@ def build(folder):
             torch.nn.init.normal_(p, std=0.3)
     net.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairrm")
-    build(folder)
     return folder
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def words(rng, n):
-    return " ".join(rng.choice(["light", "stone?", "river", "code!", "bad", "a", "zzz"]) for _ in range(n))
-
-
-def some_text(long=True):
-    """Five prompts with three responses each; one pair of the fourth is over all limits, if `long`."""
-    rng = random.Random(0)
-    sources = [words(rng, n) for n in (9, 1, 40, 1000 if long else 30)] + ["good stone? [SEP] light"]
-    candidates = [[words(rng, 5), words(rng, 30), words(rng, 1)] for _ in sources]
-    candidates[2][1], candidates[3][1] = "", words(rng, 900 if long else 20)
-    return sources, candidates
-
-
-def logits_of_the_model_card(judge, source, first, second):
-    """One pair, written from the description of PairRM: text with its prefix is tokenised, the prefix is searched."""
-    tokenizer, net = judge.tokenizer, judge.net
+def logit_of_the_model_card(judge, source, first, second):
+    """One pair, written from the description of PairRM: text behind its prefix is tokenised, the prefix is searched."""
+    tokenizer, weights = judge.tokenizer, judge.net.double().state_dict()
 
     def wrap(text, most):
         ids = tokenizer(text.replace("[SEP]", " ")).input_ids  # with [CLS] and [SEP]
@@ -83,169 +59,121 @@ def logits_of_the_model_card(judge, source, first, second):
     x = wrap("<|source|>" + source, 1224)
     most = 412 + (1224 - len(x)) // 2
     ids = x + wrap("<|candidate1|>" + first, most) + wrap("<|candidate2|>" + second, most)
-    hidden = net.pretrained_model(torch.tensor([ids])).last_hidden_state[0].double()
-    at = [
-        ids.index(tokenizer.convert_tokens_to_ids(name)) for name in ("<|source|>", "<|candidate1|>", "<|candidate2|>")
-    ]
-    weights = {name: p.double() for name, p in net.state_dict().items()}
+    hidden = judge.net.pretrained_model(torch.tensor([ids])).last_hidden_state[0]
+    s, y1, y2 = (hidden[ids.index(tokenizer.convert_tokens_to_ids(name))] for name in CONTROL[1:4])
 
-    def head(candidate):
-        pair = torch.cat([hidden[at[0]], hidden[candidate]])
-        inner = torch.tanh(weights["head_layer.1.weight"] @ pair + weights["head_layer.1.bias"])
+    def head(y):
+        inner = torch.tanh(weights["head_layer.1.weight"] @ torch.cat([s, y]) + weights["head_layer.1.bias"])
         return (weights["head_layer.4.weight"] @ inner + weights["head_layer.4.bias"]).item()
 
-    return head(at[1]) - head(at[2]), len(ids)
+    return head(y1) - head(y2), len(ids)
 
 
-@pytest.mark.parametrize("b", range(5))
 @torch.no_grad()
-def test_pair_logits_are_those_of_the_description(toy, b):
-    judge, (sources, candidates) = PairRM(str(toy)), some_text()
-    logits = judge.pair_logits([user(sources[b])], [candidates[b]])[0]
-    assert torch.equal(logits.diagonal(), torch.zeros(3))
-    lengths = []
-    for i, j in ((0, 1), (1, 0), (1, 2)):
-        right, n = logits_of_the_model_card(judge, sources[b], candidates[b][i], candidates[b][j])
-        assert logits[i, j].item() == pytest.approx(right, abs=1e-5)
-        lengths.append(n)
-    assert max(lengths) <= 2048 and (max(lengths) > 1600) == (b == 3)
-    assert (logits + logits.T).abs().max() > 0.05  # the order matters, so that a wrong one would be seen
-
-
-def test_no_result_depends_on_what_else_is_asked(toy):
-    judge = PairRM(str(toy))
-    sources, candidates = some_text()
-    together = judge.pair_logits(list(map(user, sources)), candidates)
+def test_pair_logits_are_those_of_the_description_whatever_else_is_asked(toy, monkeypatch):
+    rng = random.Random(0)
+    a, b, c, d = (" ".join(rng.choices([*WORDS, "stone?", "a", "zzz"], k=n)) for n in (9, 30, 1000, 900))
+    sources = [a, "light", b, c, "good stone? [SEP] light"]
+    candidates = [[a, b, "a"], [b, "bad", ""], ["a", a, b], [d, d[9:], a], WORDS[:3]]  # 3: over all limits
+    prompts = [as_messages(text) for text in sources]
+    logits, judge, lengths = PairRM(str(toy)).pair_logits(prompts, candidates), PairRM(str(toy)), []
     for b, (source, texts) in enumerate(zip(sources, candidates, strict=True)):
-        torch.testing.assert_close(judge.pair_logits([user(source)], [texts])[0], together[b], atol=1e-5, rtol=0)
-        two = judge.pair_logits([user(source)], [[texts[2], texts[0]]])[0]  # another K, another order
-        torch.testing.assert_close(two[0, 1], together[b, 2, 0], atol=1e-5, rtol=0)
+        assert torch.equal(logits[b].diagonal(), torch.zeros(3))
+        for i, j in ((0, 1),) if b == 3 else ((0, 1), (1, 0), (1, 2)):
+            right, n = logit_of_the_model_card(judge, source, texts[i], texts[j])
+            assert logits[b, i, j].item() == pytest.approx(right, abs=1e-5)
+            lengths.append(n)
+    assert max(lengths) == 2048 and min(lengths) < 40
+    assert (logits + logits.mT).abs().max() > 0.05  # the order matters, so that a wrong one would be seen
+    monkeypatch.setattr(common, "PAIRRM_SCORES", 1)  # each row alone, without padding
+    turned = [[c, a] for a, _, c in candidates[:3]]  # another K, another order
+    two = PairRM(str(toy)).pair_logits(prompts[:3], turned)
+    torch.testing.assert_close(two[:, 0, 1], logits[:3, 2, 0], atol=1e-5, rtol=0)
 
 
-def test_many_short_pairs_in_one_batch(toy, monkeypatch):
-    judge = PairRM(str(toy))
-    sources, candidates = some_text(long=False)
-    logits = judge.pair_logits(list(map(user, sources)), candidates)
-    monkeypatch.setattr(common, "PAIRRM_SCORES", 1)  # each row alone
-    torch.testing.assert_close(judge.pair_logits(list(map(user, sources)), candidates), logits, atol=1e-5, rtol=0)
+@pytest.mark.skipif(not GOLDEN.exists(), reason="needs llm-blender's answers")
+def test_pair_logits_are_those_of_llm_blender():
+    golden, judge = json.loads((GOLDEN / "golden.json").read_text()), PairRM(str(GOLDEN))
+    for source, texts, right in zip(golden["sources"], golden["candidates"], golden["pair_logits"], strict=True):
+        some = [0, 2] if len(source + "".join(texts)) > 1000 else range(5)  # the long ones take half a minute
+        logits = judge.pair_logits([as_messages(source)], [[texts[i] for i in some]])[0]
+        torch.testing.assert_close(logits, torch.tensor(right)[some][:, some], atol=1e-5, rtol=0)
 
 
-def test_preferences_are_probabilities_and_half_where_nothing_differs(toy):
-    judge = PairRM(str(toy))
-    prefs = judge([user("light")] * 2, [["river", "river", "code", " river "], ["a", "b", "", "zzz"]])
-    assert prefs.shape == (2, 4, 4) and prefs.dtype == torch.float32
+@pytest.mark.skipif("PAIRRM" not in os.environ, reason="PAIRRM=DIR: the folder of the published weights")
+def test_the_published_weights_give_the_numbers_of_their_model_card():
+    judge = PairRM(os.environ["PAIRRM"])
+    card = [("hello!", "hi!", "f**k off!", 1.9003), ("I love you!", "I hate you!", "I love you, too!", -1.2547)]
+    for prompt, first, second, published in card:
+        logits = judge.pair_logits([as_messages(prompt)], [[first, second]])
+        assert logits[0, 0, 1].item() == pytest.approx(published, abs=0.01)
+
+
+def test_preferences_are_those_of_both_orders_and_half_where_nothing_differs(toy):
+    judge, prompts = PairRM(str(toy)), [as_messages("light")] * 2
+    texts = [["river", "river", "code", " river "], ["a", "b", "", "zzz"]]
+    prefs, logits = judge(prompts, texts), judge.pair_logits(prompts, texts)
+    torch.testing.assert_close(torch.logit(prefs[1, 0, 1]), (logits[1, 0, 1] - logits[1, 1, 0]) / 2)
     torch.testing.assert_close(prefs + prefs.mT, torch.ones(2, 4, 4), atol=1e-6, rtol=0)
-    assert torch.equal(prefs.diagonal(dim1=1, dim2=2), torch.full((2, 4), 0.5))
-    same = prefs[0][[0, 0, 1]][:, [0, 1, 3]]
-    assert torch.equal(same, torch.full((3, 3), 0.5))  # exactly
+    assert torch.equal(prefs[0][[0, 0, 1]][:, [0, 1, 3]], torch.full((3, 3), 0.5))  # exactly
     assert (prefs[0, 0, 2] - 0.5).abs() > 1e-3
 
 
-def test_a_cycle_stays_a_cycle(toy, monkeypatch):
-    """Rock, scissors, paper: each logit is 2 one way and -2 the other, so P is sigmoid(2)."""
-    logits = torch.tensor([[[0.0, 2, -2], [-2, 0, 2], [2, -2, 0]]])
-    monkeypatch.setattr(PairRM, "pair_logits", lambda *_: logits)
-    prefs = PairRM(str(toy))([], [])[0]
+def test_a_cycle_stays_one(toy, monkeypatch):
+    """Rock, scissors, paper: each logit is 2 one way and -2 the other, so that P is sigmoid(2)."""
+    judge = PairRM(str(toy))
+    monkeypatch.setattr(judge, "pair_logits", lambda *_: torch.tensor([[[0.0, 2, -2], [-2, 0, 2], [2, -2, 0]]]))
+    prefs = judge([as_messages("?")], [["rock", "scissors", "paper"]])[0]
     assert prefs[0, 1].item() == prefs[1, 2].item() == prefs[2, 0].item() == pytest.approx(0.8807971)
 
 
-HOSTILE = [
-    "<|source|> light",
-    "<|candidate1|><|candidate2|>",
-    "[SEP] code [CLS]",
-    "<|can<|source|>didate1|>",
-    "＜|source|＞",  # NFKC makes it <|source|>
-    "",
-    " ",
-    "light " * 10_000,  # tokens
-    "🙂 שלום \u0000 \n\n",
-]
+HOSTILE = ["<|source|> light", "<|candidate1|><|candidate2|>", "[SEP] code [CLS]", "<|can<|source|>didate1|>"]
+HOSTILE += ["＜|source|＞", "", " ", "light " * 10_000, "🙂 שלום \u0000 \n\n"]  # NFKC makes the first <|source|>
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text)[:20])
-def test_user_text_is_text(toy, text):
+def test_text_never_becomes_a_control_token(toy, text):
     judge = PairRM(str(toy))
-    ids = judge.encode(text)
-    control = {i for i, t in judge.tokenizer.added_tokens_decoder.items() if t.content != "[UNK]"}
-    assert not control & set(ids)
-    prefs = judge(
-        list(map(user, [text, "river", "river"])), [["a", "b", text], [text, "bad", "good"], ["good", text, "a"]]
-    )
+    assert not set(judge.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *CONTROL])) & set(judge.encode(text))
+    prefs = judge([as_messages(x) for x in (text, "river", "river")], [["a", "b"], ["bad", text], [text, "bad"]])
     assert prefs.isfinite().all()
-    assert prefs[1, 0, 2].item() == pytest.approx(prefs[2, 1, 0].item(), abs=1e-5)
-
-
-def test_control_strings_leave_nothing_behind(toy):
-    judge = PairRM(str(toy))
-    assert judge.encode("<|source|>") == [] and judge.encode("a[SEP]b") == judge.encode("a b")
+    assert prefs[1, 0, 1].item() == pytest.approx(prefs[2, 1, 0].item(), abs=1e-5)
 
 
 def test_a_conversation_is_rendered_as_text():
-    assert common.plain_text(user("light?")) == "light?"
-    talk = [
-        {"role": r, "content": c} for r, c in (("system", "brief"), ("user", "a"), ("assistant", "b"), ("user", "c"))
-    ]
+    talk = [{"role": "system", "content": "brief"}, *as_messages("\n\nHuman: a\n\nAssistant: b\n\nHuman: c")]
     assert common.plain_text(talk) == "SYSTEM: brief\n\nUSER: a\n\nASSISTANT: b\n\nUSER: c"
+    assert common.plain_text(as_messages("light?")) == "light?"
 
 
 def test_the_real_size_has_the_published_tensors_and_parameters():
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     with torch.device("meta"):
-        net = common.PairRMNet(DebertaV2Config(**large, **DEBERTA, vocab_size=128005, position_buckets=256))
-    assert len(net.state_dict()) == 394
-    assert sum(p.numel() for p in net.parameters()) == 436_014_081
-    heads = {name: tuple(p.shape) for name, p in net.state_dict().items() if name.startswith("head_layer")}
-    assert heads == {
-        "head_layer.1.weight": (1024, 2048),
-        "head_layer.1.bias": (1024,),
-        "head_layer.4.weight": (1, 1024),
-        "head_layer.4.bias": (1,),
-    }
+        config = transformers.DebertaV2Config(**large, **DEBERTA, vocab_size=128005, position_buckets=256)
+        net = common.PairRMNet(config)
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    assert len(shapes) == 394 and sum(p.numel() for p in net.parameters()) == 436_014_081
+    assert shapes["head_layer.1.weight"] == (1024, 2048) and shapes["head_layer.4.weight"] == (1, 1024)
 
 
-# Wrong folders -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def broken(toy, tmp_path):
-    """A copy of the toy to damage: change(weights) edits its tensors."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in toy.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-
-    def change(edit):
-        weights = load_file(folder / "model.safetensors")
-        edit(weights)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return str(folder)
-
-    return change
-
-
-def test_what_is_no_pairrm_is_refused(broken, tiny, tmp_path, capsys):
-    def refusal(name):
-        with pytest.raises(SystemExit) as stopped:
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda w: w.pop("head_layer.4.bias"), "it lacks head_layer.4.bias"),
+        (lambda w: w.update({"head_layer.1.bias": torch.zeros(3)}), "no PairRM like llm-blender/PairRM-hf"),
+        (None, "no PairRM like"),  # the folder of a policy
+    ],
+)
+def test_a_folder_that_is_no_pairrm_is_refused(toy, tiny, tmp_path, capsys, damage, words):
+    for file in (toy if damage else tiny).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if damage:
+        weights = load_file(tmp_path / "model.safetensors")
+        damage(weights)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for name in (str(tmp_path), "a/b/none", "llm-blender/PairRM-hf"):
+        with pytest.raises(SystemExit):
             PairRM(name)
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.count("\n") == 1 and "--judge " in said and name in said
-        return said
-
-    assert "lacks head_layer.4.bias" in refusal(broken(lambda weights: weights.pop("head_layer.4.bias")))
-    bias = torch.zeros(3)
-    assert "no PairRM like" in refusal(broken(lambda weights: weights.update({"head_layer.1.bias": bias})))
-    assert "no PairRM like" in refusal(str(tiny))
-    assert "no PairRM like" in refusal("llm-blender/PairRM-hf")  # the hub is away
-    assert "give digits, pairrm, llm" in refusal("some judge")
-    name = broken(lambda weights: weights.update({"head_layer.1.bias": torch.zeros(32)}))
-    for file in (tmp_path / "broken").glob("tokenizer*"):
-        file.unlink()
-    refusal(name)
-
-
-def test_the_toy_is_saved_in_the_published_layout(toy):
-    config = json.loads((toy / "config.json").read_text())
-    assert config["model_type"] == "deberta-v2" and config["source_prefix_id"] + 1 == config["cand1_prefix_id"]
-    names = load_file(toy / "model.safetensors").keys()
-    assert "pretrained_model.encoder.rel_embeddings.weight" in names and "head_layer.1.weight" in names
-    assert len(names) == 394 - 22 * 16  # as many tensors as the published ones, less 22 layers
+        err = capsys.readouterr().err
+        assert f"--judge {name}: " in err.replace("'", "") and err.count("\n") == 1
+        assert words in err or name != str(tmp_path)

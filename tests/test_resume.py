@@ -7,13 +7,15 @@ import random
 import shutil
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
+import conftest  # noqa: F401  (where common.py is, for `python tests/test_resume.py`)
 import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import common
 import dno
@@ -22,7 +24,10 @@ import sr_dpo
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="wants os.fork")
 
-KILLS = int(os.environ.get("KILLS", "6"))  # of each script, at moments that differ from one run of the tests to another
+KILLS = int(os.environ.get("KILLS", "6"))  # of each script; `python tests/test_resume.py 100 2`: 100, by seed 2
+SEED = os.environ.get("SEED", "1")
+# tqdm's own lock is a semaphore that forks share: a child killed while it holds it would stop all later ones for ever.
+tqdm.set_lock(threading.RLock())
 JOBS = {
     "sppo": (sppo, {"limit": 48, "n_eval": 8, "iterations": 2, "k": 3, "epochs": 2, "batch_size": 4}),
     "dno": (dno, {"limit": 48, "n_eval": 8, "iterations": 3, "k": 2, "batch_size": 16}),
@@ -108,7 +113,7 @@ def small_chunks(monkeypatch):
 def test_a_run_that_is_killed_anywhere_ends_like_one_that_is_not(workdir, small_chunks, job):
     assert in_a_process(lambda: start(job, "whole"), count=workdir / "instants") == 0
     instants, right = int((workdir / "instants").read_text()), result(workdir / "runs" / "whole")
-    rng = random.Random(time.time_ns())
+    rng = random.Random(f"{job} {SEED}")
     kills = runs = 0
     while kills < KILLS:
         name, runs = f"killed-{runs}", runs + 1
@@ -246,3 +251,8 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):
     assert (
         said == ["sr_dpo.py: interrupted; go on with --resume runs/x"] and "Traceback" not in Path("said").read_text()
     )
+
+
+if __name__ == "__main__":
+    os.environ |= dict(zip(("KILLS", "SEED"), sys.argv[1:], strict=False))
+    sys.exit(pytest.main([__file__, "-k", "killed_anywhere"]))

@@ -1,6 +1,5 @@
 """SPPO: its loss by hand and on a game with a known equilibrium, its pairs, its steps as the paper writes them."""
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import common
 import sppo
-from sppo import RECIPES, Args, log_partition, make_pairs, official_prefs, sppo_loss, win_rates
+from sppo import Args, log_partition, make_pairs, official_prefs, sppo_loss, win_rates
 
 
 def tensor(*values):
@@ -39,13 +38,6 @@ def test_win_rates_by_hand():
 )
 def test_loss_by_hand(logp, ref, win_rate, eta, loss):
     assert sppo_loss(tensor(logp), tensor(ref), tensor(win_rate), eta).item() == pytest.approx(loss, abs=1e-9)
-
-
-def test_loss_at_its_known_points():
-    logps, w = -10 * torch.rand(50), torch.rand(50)
-    h = torch.randn(50)
-    torch.testing.assert_close(sppo_loss(logps, logps, w, 30.0), (30 * (w - 0.5)) ** 2, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sppo_loss(logps + h, logps, torch.full((50,), 0.5), 30.0), h**2, rtol=1e-4, atol=1e-4)
 
 
 def test_loss_gradients():
@@ -84,10 +76,8 @@ def test_log_partition_is_the_log_of_the_mean_weight():
 def test_the_multiplicative_update_on_the_samples_has_no_loss():
     """If the K samples were all there is, pi_{t+1} = pi_t exp(eta w) / Z makes every term of eq. 4.5 zero."""
     w, eta = torch.rand(1, 5, dtype=torch.float64), 6.0
-    log_pi = torch.log_softmax(math.log(1 / 5) + eta * w, -1)
-    loss = sppo_loss(
-        log_pi[0], torch.full((5,), math.log(1 / 5), dtype=torch.float64), w[0], eta, log_partition(w, eta).expand(5)
-    )
+    pi_t = torch.full((5,), math.log(1 / 5), dtype=torch.float64)
+    loss = sppo_loss(torch.log_softmax(pi_t + eta * w[0], -1), pi_t, w[0], eta, log_partition(w, eta).expand(5))
     torch.testing.assert_close(loss, torch.zeros(5, dtype=torch.float64), atol=1e-20, rtol=0)
 
 
@@ -122,7 +112,7 @@ def average_iterate(T, exact_log_z):
 def test_the_average_iterate_reaches_nash_on_an_intransitive_game(exact_log_z):
     """Theorem 4.1: with eta ~ 1 / sqrt(T) the average's duality gap is O(1 / sqrt(T)). The last iterate may cycle."""
     assert duality_gap(NASH) == pytest.approx(0, abs=1e-9)  # the game is what we think it is
-    short, middle, long = (average_iterate(T, exact_log_z) for T in (30, 300, 6000))
+    short, middle, long = (average_iterate(T, exact_log_z) for T in (30, 300, 3000))
     assert (long - NASH).abs().max() < 0.02
     assert duality_gap(short) > 2 * duality_gap(middle) > 4 * duality_gap(long) > 0
 
@@ -130,13 +120,11 @@ def test_the_average_iterate_reaches_nash_on_an_intransitive_game(exact_log_z):
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
-def responses(*ids):
-    return [[{"ids": list(row), "text": str(row)} for row in ids]]
-
-
-def pairs_of(prefs, ids=((1,), (2,), (3,)), **args):
-    rows = [{"prompt": [], "prompt_ids": [7], "responses": responses(*ids)[0]}]
-    return [[y["ids"][0] for y in row["responses"]] for row in make_pairs(rows, torch.tensor([prefs]), Args(**args))]
+def pairs_of(prefs, ids=(1, 2, 3), **args):
+    rows = [{"prompt": "x", "responses": [{"ids": [i]} for i in ids]}]
+    pairs = make_pairs(rows, torch.tensor([prefs]), Args(**args))
+    assert all(pair["prompt"] == "x" for pair in pairs)
+    return [[y["ids"][0] for y in pair["responses"]] for pair in pairs]
 
 
 def test_pairs_are_the_best_and_the_worst():
@@ -157,12 +145,12 @@ def test_nothing_preferred_or_nothing_different_makes_no_pair():
     tie = [[0.5] * 3] * 3
     clear = [[0.5, 0.9, 0.9], [0.1, 0.5, 0.5], [0.1, 0.5, 0.5]]
     assert pairs_of(tie) == []
-    assert pairs_of(clear, ids=((1,), (1,), (1,))) == []
+    assert pairs_of(clear, ids=(1, 1, 1)) == []
     assert pairs_of(clear) == [[1, 3]]
 
 
 def test_pairs_carry_their_targets_and_log_z():
-    prefs, rows = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), [{"responses": responses([1], [2])[0]}]
+    prefs, rows = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), [{"responses": [{"ids": [1]}, {"ids": [2]}]}]
     half, estimate, hard = (
         make_pairs(rows, prefs, Args(eta=4.0, **more))[0] for more in ({}, {"log_z": "estimate"}, {"targets": "hard"})
     )
@@ -215,51 +203,25 @@ def test_micro_batches_change_nothing(workdir):
     assert distance(many / "final", right) < 1e-3
 
 
+def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(workdir, monkeypatch):
+    seen, cut = [], sppo.micro_batches
+    monkeypatch.setattr(sppo, "micro_batches", lambda *x: seen.append([str(y["prompt"]) for y in x[1]]) or cut(*x))
+    folder, table = run(sppo, limit=40, n_eval=4, iterations=1, epochs=2, batch_size=10)
+    n = math.ceil(table[1]["pairs"] / 10)
+    first, second = ([prompt for batch in part for prompt in batch] for part in (seen[:n], seen[n:]))
+    pairs = sorted(str(pair["prompt"]) for pair in lines(folder / "iter_1/pairs.jsonl"))
+    assert sorted(first) == sorted(second) == pairs and first != second
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
     with pytest.raises(SystemExit) as stopped:
-        common.cli(sppo.main, Args, RECIPES, "", ["--limit", "40", "--n_eval", "4", "--name", "x"])
+        common.cli(sppo.main, Args, sppo.RECIPES, "", ["--limit", "40", "--n_eval", "4", "--name", "x"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "lower --learning_rate" in said
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_run_folder_holds_what_the_readme_says(workdir):
-    (workdir / "mine.jsonl").write_text(json.dumps({"prompt": "9898"}))
-    settings = {"limit": 80, "n_eval": 16, "iterations": 2, "k": 3, "epochs": 1, "eval_prompts": "mine.jsonl"}
-    folder, table = run(sppo, **settings)
-    assert lines(folder / "metrics.jsonl") == table and [row["iterate"] for row in table] == [0, 1, 2]
-    assert list(json.loads((folder / "config.json").read_text()))[: len(vars(Args()))] == list(vars(Args()))
-    for t in (1, 2):
-        files = {path.name for path in (folder / f"iter_{t}").iterdir()}
-        names = {"responses", "preferences", "pairs", "steps", "answers"}
-        assert files == {f"{name}.jsonl" for name in names} | {"outputs.json", "policy"}
-        rows = lines(folder / f"iter_{t}/responses.jsonl")
-        assert len(rows) == 32 and all(len(row["responses"]) == 3 for row in rows)
-    parts = [{row["prompt"][0]["content"] for row in lines(folder / f"iter_{t}/responses.jsonl")} for t in (1, 2)]
-    held_out = {row["prompt"][0]["content"] for row in lines(folder / "iter_0/answers.jsonl")}
-    assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & held_out and len(held_out) == 16
-    assert table[2]["step"] == len(lines(folder / "iter_1/steps.jsonl")) + len(lines(folder / "iter_2/steps.jsonl"))
-    best = max(table[1:], key=lambda row: row["wins_vs_start"])["iterate"]
-    assert (folder / "final").resolve() == (folder / f"iter_{best}/policy").resolve()
-    (row,) = json.loads((folder / "outputs.json").read_text())
-    assert row["instruction"] == "9898" and row["generator"] == "x"
-    common.load_policy(str(folder / "final"))
-    # the matrix of wins: those of the newest iterate against each earlier one, and 1/2 against its own answers
-    judge, answers = common.DigitsJudge(), [lines(folder / f"iter_{t}/answers.jsonl") for t in range(3)]
-    both = [
-        {**new, "responses": [old["responses"][0], new["responses"][0]]} for old, new in zip(*answers[1:], strict=True)
-    ]
-    wins = common.preferences(judge, both)[:, 1, 0].mean().item()
-    assert table[2]["wins_vs_each"] == pytest.approx([table[2]["wins_vs_start"], wins], abs=1e-5)
-
-
-def test_recipes_name_arguments_and_models_that_exist():
-    for name, recipe in RECIPES.items():
-        assert name == "other" or name in common.MODELS
-        assert set(recipe) <= set(vars(Args()))
-    paper = Args(**RECIPES["mistral-7b"])
+def test_the_recipe_has_the_values_of_the_paper():
+    paper = Args(**sppo.RECIPES["mistral-7b"])
     assert (paper.k, paper.eta, paper.iterations, paper.learning_rate, paper.batch_size) == (5, 1e3, 3, 5e-7, 64)
     assert (paper.temperature, paper.top_p, paper.epochs, paper.warmup_ratio) == (1.0, 1.0, 1, 0.1)

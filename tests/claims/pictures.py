@@ -7,8 +7,8 @@ Ito's, and whatever differs in colour differs in style as well. The same figures
 """
 
 import json
-import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -29,26 +29,11 @@ STYLES = {  # the same in all pictures
     "DNO": {"color": "#009E73", "linestyle": (0, (4, 3))},
     "Sr-DPO": {"color": "#CC79A7", "linestyle": (0, (1, 1.2))},
 }
-plt.rcParams.update(
-    {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "pictures",
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "savefig.transparent": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": GREY,
-        "axes.titlecolor": GREY,
-        "axes.titlesize": 11,
-        "text.color": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "grid.color": FAINT,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pictures", "savefig.transparent": True})
+plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "grid.color": FAINT, "text.color": GREY})
+plt.rcParams.update({f"axes.{part}color": GREY for part in ("edge", "label", "title")})
+plt.rcParams.update({"xtick.color": GREY, "ytick.color": GREY})
 
 
 # The games -----------------------------------------------------------------------------------------------------------
@@ -60,27 +45,23 @@ def in_the_plane(pi):
     return (pi @ corners).unbind(-1)
 
 
-def draw_phase(axes, T=1000, eta=0.25):
+def draw_phase(axes, results, T=1000, eta=0.25):
     """T rounds on the biased game: iterates thin, their running averages thick."""
     start = torch.log_softmax(tensor([0.5, 0.0, -0.5]), -1)
-    runs = {
-        "DPO": play(lambda log_pi: dpo_step(log_pi, BIASED, 1 / eta, start.exp()), start, T),
-        "SPPO": play(lambda log_pi: sppo_step(log_pi, BIASED, eta, "half"), start, T),
-        "DNO": play(lambda log_pi: dno_exact_step(log_pi, BIASED, 1 / eta), start, T),
-    }
-    labels = {"DPO": "DPO, given pairs", "SPPO": "SPPO", "DNO": "DNO (exact)"}
+    shown = [
+        ("DPO", "DPO, given pairs", lambda log_pi: dpo_step(log_pi, BIASED, 1 / eta, start.exp())),
+        ("SPPO", "SPPO", lambda log_pi: sppo_step(log_pi, BIASED, eta, "half")),
+        ("DNO", "DNO (exact)", lambda log_pi: dno_exact_step(log_pi, BIASED, 1 / eta)),
+    ]
     axes.plot(*in_the_plane(tensor([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0])), color=GREY, linewidth=1)
-    for name, policies in runs.items():
-        pi = policies[:, 0].exp()
+    for name, label, step in shown:
+        pi = play(step, start, T)[:, 0].exp()
         means = pi.cumsum(0) / torch.arange(1, len(pi) + 1)[:, None]
-        x, y = in_the_plane(pi)
-        axes.plot(x[::2], y[::2], linewidth=1, alpha=0.8, **STYLES[name])
-        x, y = in_the_plane(means)
-        axes.plot(x[::2], y[::2], linewidth=3, label=labels[name], **STYLES[name])
-    x, y = in_the_plane(start[0].exp())
-    axes.plot(x, y, "o", color=GREY, markersize=6, label="start")
-    x, y = in_the_plane(NASH)
-    axes.plot(x, y, "*", color="#E69F00", markersize=14, markeredgecolor=GREY, markeredgewidth=0.6, label="Nash")
+        axes.plot(*in_the_plane(pi[::2]), linewidth=1, alpha=0.8, **STYLES[name])
+        axes.plot(*in_the_plane(means[::2]), linewidth=3, label=label, **STYLES[name])
+    axes.plot(*in_the_plane(start[0].exp()), "o", color=GREY, markersize=6, label="start")
+    style = {"color": "#E69F00", "markersize": 14, "markeredgecolor": GREY, "markeredgewidth": 0.6, "label": "Nash"}
+    axes.plot(*in_the_plane(NASH), "*", **style)
     names = (("only rock", (0, -14), "center"), ("only paper", (8, -2), "left"), ("only scissors", (0, -14), "center"))
     for corner, (name, offset, side) in zip(torch.eye(3, dtype=torch.float64), names, strict=True):
         axes.annotate(name, in_the_plane(corner), offset, textcoords="offset points", ha=side)
@@ -110,28 +91,21 @@ def draw_gap(axes, results):
         guide = [0.16 * (t / T[0]) ** power for t in T]
         axes.plot(T, guide, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(label, (T[at], guide[at]), (6, 3), textcoords="offset points")
-    axes.set(
-        xscale="log", yscale="log", xlabel="rounds T", ylabel="duality gap, probability (0: Nash)", ylim=(8e-4, 0.5)
-    )
+    axes.set(xscale="log", yscale="log", ylim=(8e-4, 0.5))
+    axes.set(xlabel="rounds T", ylabel="duality gap, probability (0: Nash)")
     axes.grid(linewidth=0.5)
     axes.legend(loc="lower left", fontsize=9)
 
 
-def phase(results):
-    figure, axes = plt.subplots(figsize=(6, 4.8))
-    draw_phase(axes)
-    return figure
-
-
-def gap(results):
-    figure, axes = plt.subplots(figsize=(6, 4.4))
-    draw_gap(axes, results)
+def panel(draw, height, results):
+    figure, axes = plt.subplots(figsize=(6, height))
+    draw(axes, results)
     return figure
 
 
 def overview(results):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.05))
-    draw_phase(left)
+    draw_phase(left, results)
     draw_gap(right, results)
     left.set_title("Where policies go: iterates thin, averages thick")
     right.set_title("How easily they are beaten")
@@ -154,8 +128,7 @@ def learning(results):
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
     for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=True):
         seeds = list(runs[key].values())
-        iterates = [row["iterate"] for row in seeds[0]]
-        rows = [[row["exact_match"] for row in seed] for seed in seeds]
+        iterates, rows = range(len(seeds[0])), [[row["exact_match"] for row in seed] for seed in seeds]
         band(axes, iterates, rows, color=STYLES[name]["color"], marker="o", linewidth=2)
         axes.set(xlabel="iterate (0: the start)", xticks=iterates, ylim=(0, 1.03), title=f"{name}, {len(seeds)} seeds")
         axes.grid(linewidth=0.5)
@@ -170,14 +143,12 @@ def logratios(results):
     for axes, (name, seeds) in zip(panels, methods.items(), strict=True):
         steps = min(len(rows) for rows in seeds.values())
         rows = torch.stack([tensor(*rows[:steps]) for rows in seeds.values()])  # (seeds, steps, 2)
-        width = max(1, steps // 40)
-        bins = steps // width
+        width, bins = max(1, steps // 40), steps // max(1, steps // 40)
         means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
         x = (torch.arange(bins) + 0.5) * width
         for i, (label, line) in enumerate((("chosen", "-"), ("rejected", "--"))):
-            band(
-                axes, x, means[:, :, i].tolist(), color=STYLES[name]["color"], linestyle=line, linewidth=2, label=label
-            )
+            style = {"color": STYLES[name]["color"], "linestyle": line, "linewidth": 2, "label": label}
+            band(axes, x, means[:, :, i].tolist(), **style)
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {len(seeds)} seeds")
         axes.grid(linewidth=0.5)
@@ -188,32 +159,30 @@ def logratios(results):
 
 def bench_rows(results):
     """[{"what", "against", "time", "memory"}]: ratios of the benches' figures, None where one of the two has none."""
-    logps, generate, train = (
-        json.loads((results / f"bench_{name}.json").read_text()) for name in ("logps", "generate", "train")
-    )
+    names = "logps", "generate", "train"
+    logps, generate, train = (json.loads((results / f"bench_{name}.json").read_text()) for name in names)
+    trl = [name for name in train["time"] if name.startswith("TRL")]
+    trl = min(trl, key=lambda name: train["time"][name].get("time / ours", 1e9))
+    time = "time / three products"
+    compared = [  # what, against, tables, figure of time, mine, theirs
+        ("token_logps", "naive log_softmax", logps, time, "ours", "naive log_softmax"),
+        ("token_logps", "Liger", logps, time, "ours", "Liger, from its GRPO loss"),
+        ("token_logps", "TRL", logps, time, "ours", "TRL, fused head"),
+        ("an SPPO step", "TRL's DPOTrainer at its best", train, "time / ours", "ours", trl),
+        ("an Sr-DPO step", "a DPO step", train, "time / DPO", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py"),
+    ]
 
     def ratio(table, figure, mine, theirs):
         a, b = table[mine].get(figure), table[theirs].get(figure)
         return a / b if a and b else None
 
     rows = []
-    them = {"naive log_softmax": "naive log_softmax", "Liger": "Liger, from its GRPO loss", "TRL": "TRL, fused head"}
-    for against, theirs in them.items():
-        time = ratio(logps["time"], "time / three products", "ours", theirs)
-        memory = ratio(logps["memory"], "MiB", "ours", theirs)
-        rows.append({"what": "token_logps", "against": against, "time": time, "memory": memory})
-    them = {"transformers' generate": "transformers generate", "generate_batch": "transformers generate_batch"}
-    for against, theirs in them.items():
-        time = ratio(generate["spread"], "ours / theirs", "ours", theirs)  # of speeds
-        rows.append({"what": "generate, lengths spread", "against": against, "time": time, "memory": None})
-    trl = ("TRL, all pairs at once", "TRL, a few, by length")
-    best = min(trl, key=lambda name: train["time"][name].get("time / ours", math.inf))
-    for what, against, mine, theirs, figure in (
-        ("an SPPO step", "TRL's DPOTrainer at its best", "ours", best, "time / ours"),
-        ("an Sr-DPO step", "a DPO step", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py", "time / DPO"),
-    ):
-        time, memory = ratio(train["time"], figure, mine, theirs), ratio(train["memory"], "MiB", mine, theirs)
+    for what, against, tables, figure, mine, theirs in compared:
+        time, memory = ratio(tables["time"], figure, mine, theirs), ratio(tables["memory"], "MiB", mine, theirs)
         rows.append({"what": what, "against": against, "time": time, "memory": memory})
+    for against, theirs in (("transformers' generate", "generate"), ("generate_batch", "generate_batch")):
+        time = ratio(generate["spread"], "ours / theirs", "ours", f"transformers {theirs}")  # of speeds
+        rows.insert(-2, {"what": "generate, lengths spread", "against": against, "time": time, "memory": None})
     return [row for row in rows if row["time"] or row["memory"]]
 
 
@@ -224,16 +193,14 @@ def benches(results):
     measures = (("time", 0.2, "#D55E00", ""), ("memory", -0.2, "#0072B2", "///"))
     for measure, shift, color, hatch in measures:
         bars = [(i + shift, row[measure]) for i, row in enumerate(rows) if row.get(measure)]
-        if bars:
-            y, ratios = zip(*bars, strict=True)
-            left = [min(r, 1) for r in ratios]
-            widths = [abs(r - 1) for r in ratios]
-            style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5}
-            axes.barh(y, widths, height=0.36, left=left, label=measure, **style)
-            for at, r in bars:
-                axes.annotate(
-                    f"{r:.3g} ×", (max(r, 1), at), (4, 0), textcoords="offset points", va="center", fontsize=9
-                )
+        if not bars:
+            continue
+        y, ratios = zip(*bars, strict=True)
+        style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5, "label": measure}
+        axes.barh(y, [abs(r - 1) for r in ratios], height=0.36, left=[min(r, 1) for r in ratios], **style)
+        style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        for at, r in bars:
+            axes.annotate(f"{r:.3g} ×", (max(r, 1), at), **style)
     axes.axvline(1, color=GREY, linewidth=1.2)
     ratios = [row[measure] for row in rows for measure, *_ in measures if row.get(measure)]
     axes.set_xlim(min([0.8, *ratios]) / 1.15, max([1, *ratios]) * 1.3)
@@ -246,13 +213,12 @@ def benches(results):
     return figure
 
 
-PICTURED = {"overview": overview, "phase": phase, "gap": gap, "learning": learning, "logratios": logratios}
-PICTURED |= {"benches": benches}
+PICTURED = {"overview": overview, "phase": partial(panel, draw_phase, 4.8), "gap": partial(panel, draw_gap, 4.4)}
+PICTURED |= {"learning": learning, "logratios": logratios, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):
-    """Draw what there are figures for; returns the names of what was drawn."""
-    drawn = []
+    """Draw what there are figures for."""
     pictures.mkdir(exist_ok=True)
     for name, picture in PICTURED.items():
         try:
@@ -262,9 +228,6 @@ def main(results=RESULTS, pictures=PICTURES):
             continue
         figure.savefig(pictures / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
         plt.close(figure)
-        drawn.append(name)
-        print(f"{name}.svg")
-    return drawn
 
 
 if __name__ == "__main__":

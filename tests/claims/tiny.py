@@ -55,7 +55,6 @@ VERDICTS = ("holds", "within the spread", "does not hold")
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
-
 Run = namedtuple("Run", "folder rows")  # a finished run: its folder, and its metrics, a row per iterate
 
 
@@ -132,9 +131,9 @@ PAIRS |= {"t>s": total("teacher_student"), "s>t": total("student_teacher")}  # w
 SHORT = {"limit": 2816}
 SPPO, SPPO_2 = ("sppo", SHORT), ("sppo", {"k": 2, **SHORT})
 DNO = ("dno", {})
-# Iterated DPO: dno.py without teacher, margin, replay and SFT term. Its pairs are those of SPPO_2, the better and the
-# worse of two samples to the same prompts, in as many steps at the same rate. Only the loss differs. dno.py's eta is
-# DPO's beta; 0.1 is 1 / eta of SPPO.
+# Iterated DPO: dno.py without teacher, margin, replay and SFT term. As in SPPO_2 its pairs are the better and the worse
+# of two samples to the same prompts, at the same rate; in iteration 1 they are the same pairs, and only the loss
+# differs. dno.py's eta is DPO's beta; 0.1 is 1 / eta of SPPO.
 DPO = {"eta": 0.1, "gold": "", "k": 2, "variant": "all", "sft_alpha": 0.0, "replay": 0.0}
 DPO |= {"epochs": 3, "batch_size": 16, "learning_rate": 2e-4, **SHORT}
 # Pairs of the same prompts, all sampled from the start. They are more than on-policy ones, since the start errs more
@@ -348,11 +347,8 @@ def try_claim(name, n_seeds):
     def by_seed(read):
         return {x: {str(s): read(r) for s, r in zip(seeds, rs, strict=True)} for x, rs in runs.items()}
 
-    more = {}
-    if name == "default":
-        more["runs"] = by_seed(lambda one: one.rows)
-    if name == "log_ratios":
-        more["steps"] = by_seed(log_ratio_steps)
+    drawn = {"default": ("runs", lambda run: run.rows), "log_ratios": ("steps", log_ratio_steps)}  # by pictures.py
+    more = {drawn[name][0]: by_seed(drawn[name][1])} if name in drawn else {}
     comparisons = [compare(comparison, figures) for comparison in claim.comparisons]
     verdict = overall(comparisons)
 
@@ -361,18 +357,13 @@ def try_claim(name, n_seeds):
     print(*(f"    {label}: {command}" for label, command in commands.items()), sep="\n")
     print(f"\nmean ± standard deviation over {n_seeds} seeds")
     show(figures, claim.measures)
-    print()
     for one in comparisons:
         found = f"{one['difference']:.3g} ({one['low']:.3g} to {one['high']:.3g})"
         print(f"{one['text']}: by {found}, wanted above {one['least']:g}: {one['verdict']}")
     print(f"\n{verdict}. {claim.reading}")
 
-    result = {"claim": claim.text, "source": claim.source}
-    result |= {
-        "command": f"python tests/claims/tiny.py {name} --seeds {n_seeds}",
-        "variants": commands,
-        "seeds": n_seeds,
-    }
+    command = f"python tests/claims/tiny.py {name} --seeds {n_seeds}"
+    result = {"claim": claim.text, "source": claim.source, "command": command, "variants": commands, "seeds": n_seeds}
     result |= {"verdict": verdict, "reading": claim.reading, "comparisons": comparisons, "figures": figures}
     write(name, {**result, **more})
 

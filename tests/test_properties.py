@@ -1,0 +1,88 @@
+"""What holds for any run of any script, and for pairs of any prefs: random ones, drawn by a fixed seed."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from steps import lines
+
+import common
+import dno
+import sppo
+import sr_dpo
+
+
+@pytest.mark.parametrize("script", [sppo, dno, sr_dpo], ids=lambda script: script.__name__)
+def test_the_run_folder_holds_what_the_readme_says(workdir, script):
+    (workdir / "mine.jsonl").write_text(json.dumps({"prompt": "9898"}))
+    flags = ["--limit", "80", "--n_eval", "16", "--epochs", "2", "--batch_size", "40", "--eval_prompts", "mine.jsonl"]
+    flags += [] if script is sr_dpo else ["--iterations", "2", "--k", "3"]
+    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, [*flags, "--name", "x"])
+    folder = workdir / "runs/x"
+    table, parts = lines(folder / "metrics.jsonl"), []
+    config = [field.name for field in dataclasses.fields(script.Args)]
+    assert list(json.loads((folder / "config.json").read_text())) == [*config, "script", "versions"]  # as in --help
+    for t in range(1, len(table)):
+        names = ["pairs", "steps", "answers", *([] if script is sr_dpo else ["responses", "preferences"])]
+        files = {"outputs.json", "policy", *(f"{name}.jsonl" for name in names)}
+        assert {path.name for path in (folder / f"iter_{t}").iterdir()} == files
+        steps, pairs = (lines(folder / f"iter_{t}/{name}.jsonl") for name in ("steps", "pairs"))
+        n = math.ceil(table[t]["pairs"] / 40)
+        assert [row["step"] for row in steps] == list(range(table[t - 1]["step"] + 1, table[t]["step"] + 1))
+        assert [row["epoch"] for row in steps] == [1] * n + [2] * n
+        rates = [row["learning_rate"] for row in steps]
+        assert rates[-1] < max(rates) <= script.Args().learning_rate and rates[-1] > 0
+        parts.append({row["prompt"][0]["content"] for row in pairs})
+    answers = [lines(folder / f"iter_{t}/answers.jsonl") for t in range(len(table))]
+    held_out = {row["prompt"][0]["content"] for row in answers[0]}
+    assert len(parts) == (1 if script is sr_dpo else 2) and len(held_out) == 16
+    assert len(held_out.union(*parts)) == 16 + sum(map(len, parts))  # no prompt is in two of them
+    for t, (row, rows) in enumerate(zip(table, answers, strict=True)):
+        ys = [answer["responses"][0] for answer in rows]
+        assert row["iterate"] == t and row["tokens"] == sum(len(y["ids"]) for y in ys) / 16
+        right = ["".join(sorted(answer["prompt"][0]["content"])) for answer in rows]
+        assert row["exact_match"] == sum(y["text"] == z for y, z in zip(ys, right, strict=True)) / 16
+    best = max(table[1:], key=lambda row: row["wins_vs_start"])["iterate"]
+    assert (folder / "final").resolve() == (folder / f"iter_{best}/policy").resolve()
+    (row,) = outputs = json.loads((folder / "outputs.json").read_text())  # of --eval_prompts, by the best iterate
+    assert row["instruction"] == "9898" and row["generator"] == "x"
+    assert outputs == json.loads((folder / f"iter_{best}/outputs.json").read_text())
+    for rows, found in zip(answers[:-1], table[-1]["wins_vs_each"], strict=True):
+        both = [{**b, "responses": a["responses"] + b["responses"]} for a, b in zip(rows, answers[-1], strict=True)]
+        assert found == pytest.approx(common.preferences(common.DigitsJudge(), both)[:, 1, 0].mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sppo_trains_on_the_best_and_the_worst_by_the_mean_score(seed):
+    rng, k = random.Random(seed), 2 + seed % 3
+    prefs = torch.full((30, k, k), 0.5)
+    for b, (i, j) in itertools.product(range(30), itertools.combinations(range(k), 2)):
+        prefs[b, i, j] = rng.randint(1, 15) / 16
+        prefs[b, j, i] = 1 - prefs[b, i, j]
+    rows = [{"n": b, "responses": [{"ids": [rng.randint(0, 2)]} for _ in range(k)]} for b in range(30)]
+    pairs = {pair["n"]: pair["responses"] for pair in sppo.make_pairs(rows, prefs, sppo.Args())}
+    for b, row in enumerate(rows):
+        scores = [sum(math.log(p / (1 - p)) for p in line) for line in prefs[b].tolist()]
+        by_id = {id(y): score for y, score in zip(row["responses"], scores, strict=True)}
+        if b in pairs:
+            best, worst = pairs[b]
+            assert best["ids"] != worst["ids"] and by_id[id(best)] > max(scores) - 1e-4
+            assert by_id[id(worst)] < min(scores) + 1e-4
+        else:  # all tie, or two of the k responses are the same
+            assert max(scores) - min(scores) < 1e-4 or len({y["ids"][0] for y in row["responses"]}) < k
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_replay_is_as_much_as_its_share_allows_and_no_more(seed):
+    rng = random.Random(seed)
+    earlier = [[(t, n) for n in range(rng.randint(0, 60))] for t in range(rng.randint(0, 4))]
+    new, share = [("new", n) for n in range(rng.randint(0, 40))], rng.randint(0, 99) / 100
+    pairs = dno.with_replay(new, earlier, share, random.Random(0))
+    assert pairs[: len(new)] == new and len(set(pairs)) == len(pairs)
+    for t, rows in enumerate(earlier):
+        most = int(share / 2 ** (len(earlier) - 1 - t) * len(pairs))
+        assert sum(pair[0] == t for pair in pairs) == min(len(rows), most)
