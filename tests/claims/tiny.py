@@ -239,7 +239,7 @@ CLAIMS = {
         reading="In one epoch DNO takes more steps than both: see `teacher_steps`. No student beats this teacher.",
     ),
     "teacher_steps": Claim(
-        "DNO is better than DNO-Restrictive and than SPIN where these, which have fewer pairs, take as many steps",
+        "DNO is better than DNO-Restrictive and than SPIN where these, which have fewer pairs, take three epochs",
         "not of the paper: a control of `teacher`, added after its result was seen",
         {
             "DNO": DNO,
