@@ -3,7 +3,7 @@
     1. Command line, run folder   flags -> dataclass, one-line errors, files that survive a kill, "does it fit?"
     2. Log-probs                  response_logps: log pi(y|x); token_logps: the fused kernel, in torch and in Triton
     3. Optimiser                  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Data                       prompts and pairs of the usual shapes -> token ids
+    4. Data                       prompts and pairs of the usual shapes; Chat: from conversations to token ids
     5. Models                     load, save, checkpoint; the built-in `tiny`
     6. Generation                 generate: K samples per prompt from a KV cache whose rows are refilled
     7. Judges                     prefs[b, i, j] = P(y_i > y_j): digits, PairRM, an LLM behind a server
@@ -29,13 +29,17 @@ import shutil
 import sys
 import textwrap
 import time
+import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -77,11 +81,6 @@ FREE = {"resume", "dry_run", "slots", "micro_tokens", "checkpointing", "checkpoi
 FREE |= {"judge_url"}
 
 
-class Parser(HfArgumentParser):
-    def error(self, message):  # argparse's own prints the whole usage first
-        require(False, message)
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Every flag with its default, under the script's docstring as it is written."""
 
@@ -95,13 +94,15 @@ def cli(main, args_class, recipes, description, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(AttributeError):  # so that `| tee` shows a line when it is printed
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    first = Parser((), add_help=False, allow_abbrev=False)
+    first = HfArgumentParser((), add_help=False, allow_abbrev=False)
     first.add_argument("--model", default=args_class.model)
     first.add_argument("--resume")
+    first.error = partial(require, False)
     known = first.parse_known_args(argv)[0]
     names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
     description += f"\n\nshort names for --model:{names}\n\nThe defaults below are those of --model {known.model}."
-    parser = Parser(args_class, description=description, allow_abbrev=False, formatter_class=Help)
+    parser = HfArgumentParser(args_class, description=description, allow_abbrev=False, formatter_class=Help)
+    parser.error = partial(require, False)  # argparse's own prints the whole usage first
     parser.set_defaults(**recipes.get(known.model, recipes["other"]))
     script, flags, begun = Path(main.__code__.co_filename).stem, [field.name for field in fields(args_class)], {}
     if known.resume is not None:
@@ -176,6 +177,11 @@ def start_run(args, file):
         names = "torch", "transformers", "datasets"
         versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
         write_json(run / "config.json", {**vars(args), "script": Path(file).stem, "versions": versions})
+    config, path = load_config(args.model)
+    starts = [file.open("rb").read(2**20).hex() for file in sorted(Path(path).glob("*.safetensors"))]
+    same_as_begun(
+        args, f"--model {args.model}", [config.to_json_string(), getattr(config, "_commit_hash", None), starts]
+    )
     return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
 
 
@@ -567,7 +573,7 @@ def add_logps(policy, pairs, name, max_tokens, prompt_ids="prompt_ids"):
 
 # 3. Optimiser ---------------------------------------------------------------------------------------------------------
 
-SLICE = 2**22  # elements of a parameter that are in float32 at a time
+SLICE = 2**24  # elements of a parameter that are in float32 at a time
 
 
 def join_master(weight, remainder):
@@ -610,12 +616,11 @@ class SplitMaster(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] += 1
                 seed = hash((state["step"], state["number"])) & 0x7FFFFFFF  # each step and parameter rounds anew
-                update = update_triton if triton and p.is_cuda else update_torch
                 update(p, state["moment"], group["lr"], group["alpha"], group["eps"], seed)
 
 
-def update_torch(p, moment, lr, alpha, eps, seed):
-    """SLICE elements at a time, so that nothing of the parameter's size is allocated."""
+def update(p, moment, lr, alpha, eps, seed):
+    """SplitMaster's step of one parameter, SLICE elements at a time: nothing of the parameter's size is allocated."""
     generator = torch.Generator(p.device).manual_seed(seed)
     flat = [x.view(-1) for x in (p.data, p.master_remainder, p.grad.contiguous(), moment)]
     for i in range(0, p.numel(), SLICE):
@@ -627,32 +632,6 @@ def update_torch(p, moment, lr, alpha, eps, seed):
         weight[:], remainder[:] = split_master(master.addcdiv_(grad, v.sqrt_().add_(eps), value=-lr))
 
 
-@jit
-def update_kernel(weight, remainder, grad, moment, n, lr, alpha, alpha_left, eps, seed, BLOCK: constexpr):
-    """update_torch of BLOCK elements per program, in one reading and one writing, operation for operation."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
-    bits = (tl.load(weight + i, mask=mask, other=0).to(tl.int32) << 16) + tl.load(remainder + i, mask=mask, other=0)
-    g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
-    v = (tl.load(moment + i, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    v = tl.fma(alpha_left * g, g, v * alpha)  # as torch's addcmul
-    noise = tl.randint(seed, i).to(tl.uint32) & 0xFFFF
-    tl.store(moment + i, ((v.to(tl.int32, bitcast=True) + noise.to(tl.int32)) >> 16).to(tl.int16), mask=mask)
-    master = bits.to(tl.float32, bitcast=True) - tl.div_rn(lr * g, tl.sqrt_rn(v) + eps)
-    bits = master.to(tl.int32, bitcast=True)
-    high = (bits + 0x8000) >> 16
-    tl.store(weight + i, high.to(tl.int16), mask=mask)
-    tl.store(remainder + i, (bits - (high << 16)).to(tl.int16), mask=mask)
-
-
-def update_triton(p, moment, lr, alpha, eps, seed):
-    """update_torch in one kernel, without temporaries."""
-    update_kernel[(triton.cdiv(p.numel(), 1024),)](
-        p.data.view(torch.int16), p.master_remainder, p.grad.contiguous(), moment.view(torch.int16),
-        p.numel(), lr, alpha, 1 - alpha, eps, seed, BLOCK=1024, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
 def make_optimizer(policy, lr):
     """RMSprop: SplitMaster for bf16 weights, torch's for float32."""
     return (SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop)(policy.parameters(), lr)
@@ -661,6 +640,12 @@ def make_optimizer(policy, lr):
 # 4. Data --------------------------------------------------------------------------------------------------------------
 
 SHAPES = "prompt, instruction, or chosen and rejected, each as text, {role, content} messages or a transcript"
+UNREAD = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "documents", "image"}
+UNREAD |= {"images", "audio", "audios", "video", "videos"}  # fields that would matter to an answer
+
+
+class Refused(ValueError):
+    """Why a row is left out; rows are counted by this text."""
 
 
 def digit_prompts(n, seed):
@@ -671,11 +656,12 @@ def digit_prompts(n, seed):
     return [[{"role": "user", "content": text}] for text in seen]
 
 
-def load_rows(flag, source, read, limit=0):
+def load_rows(flag, source, read, limit=0, every=False):
     """read(row) of each row of a dataset, without repetitions; of the first `limit` if that is not 0.
 
-    source: a .jsonl, .json or .parquet file, plain or .gz, or NAME or NAME:split of a folder of such files or of a
-    dataset on the hub. read returns None for an empty row; these are counted. Exits where a row has no known shape.
+    source: a .jsonl, .json or .parquet file, plain or .gz, or NAME or NAME:split of a folder of such files, of a folder
+    of Dataset.save_to_disk, or of a dataset on the hub. Rows that read refuses are counted; with `every` they are None,
+    and repetitions stay. Exits where a row has no known shape.
     """
     import datasets  # takes a second
 
@@ -686,164 +672,334 @@ def load_rows(flag, source, read, limit=0):
     if kind:
         require(Path(name).is_file() or "://" in name, f"{flag} {source}: no such file")
     else:
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.[A-Za-z]+$", name)
+        found = name and (Path(name).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix))
         wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
-        found = name and (Path(name).is_dir() or (hub and not Path(name).exists()))
         require(found, f"{flag} {source!r}: give {wanted}")
     try:
-        files = {"path": kind, "data_files": name} if kind else {"path": name}
-        data = datasets.load_dataset(**files, split=split or "train")
+        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            data = datasets.load_from_disk(name)
+            data = data if (Path(name) / "state.json").exists() else data[split or "train"]
+        else:
+            files = {"path": kind, "data_files": name} if kind else {"path": name}
+            data = datasets.load_dataset(**files, split=split or "train")
     except Exception as error:  # datasets, pyarrow, fsspec and the hub each have errors of their own
         require(False, f"{flag} {source}: cannot be loaded: {str(error.__cause__ or error) or 'it is empty'}"[:400])
-    items, empty, repeated = {}, 0, 0
+    items, seen, refused = [], set(), Counter()
     for number, row in enumerate(data, 1):
         row = {name: value for name, value in row.items() if value is not None}
         try:
             item = read(row)
+            key = json.dumps(item)
+            if key in seen and not every:
+                raise Refused("repeated")
+            seen.add(key)
+            items.append(item)
+        except Refused as reason:
+            refused[str(reason)] += 1
+            items += [None] * every
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             keys, why = ", ".join(row) or "nothing", f"{type(error).__name__}: {error}"
             require(False, f"{flag} {source}, row {number} has {keys}; wanted {SHAPES} ({why})")
-        key = json.dumps(item)
-        empty += item is None
-        repeated += key in items
-        if item is not None:
-            items[key] = item
         if len(items) == limit > 0:
             break
-    if empty or repeated:
-        print(f"{flag} {source}: {empty} empty and {repeated} repeated rows left out")
-    require(items, f"{flag} {source}: none of its rows can be used")
-    return list(items.values())
+    say_refused(f"{flag} {source}", refused, number)
+    require(any(items), f"{flag} {source}: none of its rows can be used")
+    return items
+
+
+def say_refused(flag, refused, n):
+    """Print how many of n rows were refused, and why."""
+    for reason, count in refused.items():
+        print(f"{flag}: {count} of {n} left out: {reason}")
+
+
+def refuse_unread(fields):
+    for name in sorted(UNREAD & fields.keys()):
+        if fields[name]:
+            raise Refused(f"with {name}, which is not supported")
+
+
+def as_text(content):
+    """A message's content, text or a list of parts of text, as text."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise Refused("with a message that is not text")
+    return content
 
 
 def as_messages(value):
     """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages -> messages."""
     if not isinstance(value, str):
-        messages = [{"role": m["role"], "content": m["content"]} for m in value]
-        if not all(isinstance(text, str) for m in messages for text in m.values()):
-            raise TypeError("a message whose role or content is not text")
-        return messages
+        for message in value:
+            refuse_unread(message)
+        return [{"role": message["role"], "content": as_text(message["content"])} for message in value]
     if not value.startswith("\n\nHuman:"):
         return [{"role": "user", "content": value}]
     turns, roles = re.split(r"\n\n(Human|Assistant):", value)[1:], {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def as_answer(value):
-    """Text, or the assistant's last turn of a transcript or of messages -> text."""
-    turns = as_messages(value)
-    if turns[-1]["role"] != "assistant" and turns[0]["content"] != value:
-        raise ValueError("an answer that does not end with the assistant's turn")
-    return turns[-1]["content"]
-
-
 def read_prompt(row):
-    """The prompt of a row as messages; None where it is empty or does not end with the user's turn."""
+    """The prompt of a row as messages, of which the last is the user's."""
+    refuse_unread(row)
     if "prompt" in row:
         prompt = as_messages(row["prompt"])
         prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
     elif "instruction" in row:
-        prompt = as_messages("\n\n".join(filter(None, (row["instruction"], row.get("input")))))
+        more = row.get("input") or row.get("context")
+        prompt = as_messages("\n\n".join(filter(None, (row["instruction"], more))))
     else:
         prompt = as_messages(row["chosen"])[:-1]
-    return prompt if prompt and prompt[-1]["role"] == "user" and prompt[-1]["content"].strip() else None
+    for turn in reversed(row.get("history", [])):  # a message, or a pair of question and answer
+        pair = zip(("user", "assistant"), turn, strict=True)
+        turns = [turn] if isinstance(turn, dict) else [{"role": role, "content": text} for role, text in pair]
+        prompt = as_messages(turns) + prompt
+    if system := row.get("system") or row.get("system_prompt"):
+        prompt = [{"role": "system", "content": as_text(system)}, *(m for m in prompt if m["content"] != system)]
+    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise Refused("empty, or not ending with the user's turn")
+    return prompt
+
+
+def read_answer(value, prompt):
+    """Text, or the last turn of a transcript or of messages, which repeat the prompt's last turns or none."""
+    turns = as_messages(value)
+    if turns[0]["content"] == value:
+        return value
+    *before, answer = turns
+    if answer["role"] != "assistant" or before != prompt[len(prompt) - len(before) :]:
+        raise Refused("with an answer that is not the assistant's one turn behind the prompt")
+    return answer["content"]
 
 
 def read_gold(row):
-    """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's; None where the row has none."""
+    """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's."""
     texts = [y["response"] for y in row.get("completions", []) if y["model"] == "gpt-4"]
     texts += [row[name] for name in ("gold", "response", "output", "chosen") if name in row]
     prompt = read_prompt(row)
-    return {"prompt": prompt, "gold": as_answer(texts[0])} if texts and prompt else None
+    if not texts or not (gold := read_answer(texts[0], prompt)).strip():
+        raise Refused("without a teacher's answer")
+    return {"prompt": prompt, "gold": gold}
 
 
-def load_prompts(source, limit=0, seed=0, flag="--prompts"):
+def read_pair(row):
+    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score."""
+    prompt = read_prompt(row)
+    pair = {"prompt": prompt, **{name: read_answer(row[name], prompt) for name in ("chosen", "rejected")}}
+    if not pair["chosen"].strip() or not pair["rejected"].strip() or pair["chosen"] == pair["rejected"]:
+        raise Refused("with an empty answer, or twice the same")
+    if "score_chosen" in row and "score_rejected" in row:
+        pair["gap"] = row["score_chosen"] - row["score_rejected"]
+    return pair
+
+
+def load_prompts(source, limit=0, seed=0):
     """Different prompts, lists of messages: digit_prompts for "digits" (5,632 by default), else those of load_rows."""
-    return digit_prompts(limit or 5632, seed) if source == "digits" else load_rows(flag, source, read_prompt, limit)
+    if source == "digits":
+        return digit_prompts(limit or 5632, seed)
+    return load_rows("--prompts", source, read_prompt, limit)
 
 
-def control_tokens(tokenizer):
-    """Texts that become control tokens, like <|im_end|>: special ones, and others that the chat template writes."""
-    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template or "")
-    tokens = {t.content for t in added if t.special or (t.content in template and t.content.strip())}
-    return tokens - {tokenizer.unk_token}
+def load_pairs(source, limit=0):
+    """Different pairs {"prompt", "chosen", "rejected"}, some with "gap", those of load_rows."""
+    return load_rows("--pairs", source, read_pair, limit)
 
 
-def encode_prompts(tokenizer, rows, max_tokens, flag="--prompts", name="prompt_ids", change=lambda prompt: prompt):
-    """Rows with the token ids of change(prompt), by the chat template, as `name`. Others are left out and counted.
+USER, ANSWER, OTHER = "Markone", "Marktwo", "Markthree"  # a conversation on which a chat template is tried
+PLAIN = "{% for m in messages %}{{ '\n\n' if not loop.first and m.role != 'assistant' }}{{ m.content }}{% endfor %}"
+# In front of a template, this gives it other contents than those of the messages.
+CHANGE = "{% set all = namespace(turns=[], text='') %}{% for m in messages %}{% if m.role == 'ROLE' %}"
+CHANGE += "{% set all.text = all.text + m.content + '\n\n' %}{% else %}{% set all.turns = all.turns + "
+CHANGE += "[dict(m, content=NEW)] %}{% set all.text = '' %}{% endif %}{% endfor %}{% set messages = all.turns %}"
 
-    These are too long, rejected by the template, or spell a control token in prompt or answers. The tokenizer adds no
-    special tokens of its own, so there is exactly one BOS for a model that wants one.
+
+class Chat:
+    """The one way from a conversation to token ids: what the model's chat template writes.
+
+    The template is tried on a conversation of marks. What it lacks is added to tokenizer.chat_template, a token that
+    ends a turn and is not EOS to policy.generation_config; each is said once and saved with the policy.
     """
-    if not tokenizer.chat_template:
-        print("--model has no chat template: prompts are plain text, turns without speakers")
-    bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    control, kept, left_out = control_tokens(tokenizer), [], {}
-    for row in rows:
-        prompt, ids, reason = change(row["prompt"]), [], ""
-        text = "\n\n".join(message["content"] for message in prompt)
-        texts = [text, *(row[name] for name in ("chosen", "rejected") if name in row)]
+
+    def __init__(self, policy, tokenizer):
+        self.tokenizer, self.control, self.header, user = tokenizer, {}, "", {"role": "user", "content": USER}
+        self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+        if not tokenizer.chat_template:
+            self.adapt("is missing: prompts are plain text, turns without speakers", template=PLAIN)
+        if not self.shows(user):
+            self.adapt("wants more than text: content goes in as parts", new="[{'type': 'text', 'text': m.content}]")
+        require(self.shows(user), "--model: its chat template does not write a question and its answer")
+        for role in ("system", "developer"):
+            if not self.shows({"role": role, "content": OTHER}, user):
+                self.adapt(f"writes no {role} turn: its text goes in front of the next", role, "all.text + m.content")
+        prompt, whole = self.write([user]), self.write([user], ANSWER)
+        header = whole.split(ANSWER)[0].removeprefix(prompt).rstrip(" ")  # a blank belongs to the answer's first token
+        if header.strip() and prompt == self.write([user], generation=False):
+            asking = (
+                tokenizer.chat_template + "{% if add_generation_prompt %}{{ " + json.dumps(header) + " }}{% endif %}"
+            )
+            self.adapt(f"has no generation prompt: {header!r} goes behind prompts", template=asking)
+            prompt, header = prompt + header, ""
+        added, stops = tokenizer.added_tokens_decoder, stop_ids(policy, tokenizer)
+        end = next((i for i in self.tokens(whole.split(ANSWER)[1]) if i in added or i in stops), None)
+        if end is None:
+            ended = "m.content + (eos_token if loop.last and m.role == 'assistant' else '')"
+            self.adapt("ends no turn by a token: EOS goes behind answers", new=ended)
+        elif end not in stops:
+            print(f"the chat template ends a turn with {added[end].content}, which is not EOS: it stops answers, too")
+            policy.generation_config.eos_token_id = [*stops, end]
+        between, self.stops = prompt.split(USER)[1], stop_ids(policy, tokenizer)
+        special = {i: t.content for i, t in added.items() if t.special or i in self.stops}
+        self.control = {i: text for i, text in special.items() if "think>" not in text and i != tokenizer.unk_token_id}
+        self.header = between.removeprefix(special.get(end, "")).strip()  # like [/INST]
+        channel = any(token in header for token in self.control.values()) and whole.startswith(prompt)
+        require(not channel, f"--model: its chat template begins an answer with {header!r}: not supported")
+        self.thinks = between.rstrip().endswith("<think>")  # the prompt begins a thought
+
+    def adapt(self, what, role="", new="", template=""):
+        """Change tokenizer.chat_template, to `template` or so that it is given new contents, and say so."""
+        change = CHANGE.replace("ROLE", role).replace("NEW", new) + str(self.tokenizer.chat_template)
+        self.tokenizer.chat_template = template or change
+        print(f"the chat template {what}")
+
+    def shows(self, *messages):
+        """Whether the template writes each content, and an answer, once and in order."""
         try:
-            if tokenizer.chat_template:
-                text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            ids = [tokenizer.bos_token_id, *ids] if bos and ids[:1] != [tokenizer.bos_token_id] else ids
-            reason = f"over --max_prompt_tokens {max_tokens}" if len(ids) > max_tokens else ""
-        except Exception:  # a template raises what it wants to, on roles that it does not know
-            reason = "rejected by the chat template"
-        if any(token in one for token in control for one in texts):
-            reason = "with a control token in the text"
-        if reason or not ids:
-            left_out[reason or "empty"] = left_out.get(reason or "empty", 0) + 1
-        else:
-            kept.append({**row, name: ids})
-    for reason, n in left_out.items():
-        print(f"{flag}: {n} of {len(rows)} left out: {reason}")
-    require(kept, f"{flag}: none is left: all are {' or '.join(left_out)}")
+            found = re.findall("Mark[a-z]+", self.write(messages, ANSWER))
+        except Refused:
+            return False
+        return found == [*(message["content"] for message in messages), ANSWER]
+
+    def write(self, messages, answer=None, generation=True):
+        """The text of a prompt up to where its answer begins, or of prompt and `answer`."""
+        turns = [*messages, {"role": "assistant", "content": answer}] if answer else messages
+        for turn in turns:
+            if found := next((token for token in self.control.values() if token in turn["content"]), None):
+                raise Refused(f"with {found} in the text")
+        generation = generation and not answer
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+        except Exception:  # a template raises what it wants to
+            raise Refused("rejected by the chat template") from None
+
+    def tokens(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode(self, text):
+        """Token ids of what the template wrote, with one BOS in front where the tokenizer wants one."""
+        ids = self.tokens(text)
+        return ids if ids[:1] == self.bos else self.bos + ids
+
+    def prompt_ids(self, messages):
+        """Token ids of what the policy is to answer."""
+        text, contents = self.write(messages), [message["content"] for message in messages]
+        if re.search(r"\w", self.header) and any(self.header in content for content in contents):
+            raise Refused("rendered already")
+        if not all(content.rpartition("</think>")[2].strip() in text for content in contents):
+            raise Refused("with a turn that the chat template does not write")
+        return self.encode(text)
+
+    def response(self, messages, answer, max_tokens):
+        """A given answer as a response: the ids of the whole less the prompt's, up to and with the end of its turn."""
+        prompt, whole = self.write(messages), self.write(messages, answer)
+        wanted, got = ("".join(text.split()) for text in (answer, whole.removeprefix(prompt)))
+        head, ids = self.encode(prompt), self.encode(whole)
+        same = whole.startswith(prompt) and wanted in got
+        if ids[: len(head)] != head:  # a token reaches over the prompt's end
+            both, ids = ids, head + self.tokens(whole.removeprefix(prompt))
+            same = same and self.tokenizer.decode(both) == self.tokenizer.decode(ids)
+        if not same:
+            raise Refused("with an answer that the chat template does not write as it is behind its prompt")
+        ids = ids[len(head) :]
+        ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
+        return {"text": visible(answer), "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
+
+    def sampled(self, ids):
+        """A response from the ids of a sample."""
+        text = self.tokenizer.decode([i for i in ids if i not in self.control])
+        return {"text": visible(text, self.thinks), "ids": ids, "finished": ids[-1] in self.stops}
+
+
+def visible(text, begun=False):
+    """What a judge reads of an answer: what stands behind its thought, nothing if that has no end."""
+    return text.partition("</think>")[2].lstrip() if begun or text.lstrip().startswith("<think>") else text
+
+
+def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None, every=False):
+    """`rows` with the ids of their prompt as "prompt_ids", and with each text of `answers` as a response.
+
+    change: of the prompt, whose ids become "refined_ids". Rows that cannot be used are left out and counted. With
+    `every` they stay without ids, and a prompt may be as long as the model's positions allow.
+    """
+    chat, kept, refused, longest = Chat(policy, tokenizer), [], Counter(), args.max_prompt_tokens
+    if every:
+        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        longest = max(longest, positions - args.max_new_tokens)
+    for row in rows:
+        try:
+            prompt = change(row["prompt"]) if change else row["prompt"]
+            ids = chat.prompt_ids(prompt)
+            if not 0 < len(ids) <= longest:
+                raise Refused(f"over --max_prompt_tokens {longest}")
+            ys = {name: chat.response(prompt, row[name], args.max_new_tokens) for name in answers}
+            kept.append({**row, "refined_ids" if change else "prompt_ids": ids, **ys})
+        except Refused as reason:
+            refused[str(reason)] += 1
+            kept += [row] * every
+    say_refused(flag, refused, len(rows))
+    require(kept, f"{flag}: none is left: all are {' or '.join(refused)}")
     return kept
 
 
-def split_rows(tokenizer, rows, args):
+def same_as_begun(args, what, value):
+    """Exit where config.json of the run has the hash of another `value` by the name `what`; keep it if it has none."""
+    folder = Path(args.resume or f"runs/{args.name}")
+    if (folder / "config.json").exists():
+        config = read_config(folder)
+        mark = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        known = config.setdefault("fingerprints", {}).setdefault(what, mark)
+        require(known == mark, f"--resume {folder}: {what} is not what the run was begun with; begin a new one")
+        write_json(folder / "config.json", config)
+
+
+def split_rows(policy, tokenizer, rows, args):
     """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out).
 
     The prompts of --eval_prompts follow in held_out, marked "benchmark": they are answered in outputs.json and used
-    nowhere else. None to train on has a prompt that is held out.
+    nowhere else. None to train on is the same prompt, to the policy, as one held out.
     """
     extra = []
     if args.eval_prompts:
-        prompts = load_prompts(args.eval_prompts, flag="--eval_prompts")
-        extra = [{"prompt": prompt, "benchmark": True} for prompt in prompts]
-        extra = encode_prompts(tokenizer, extra, args.max_prompt_tokens, "--eval_prompts")
-    apart = {json.dumps(row["prompt"]) for row in extra}
-    rows = [row for row in rows if json.dumps(row["prompt"]) not in apart]
+        prompts = load_rows("--eval_prompts", args.eval_prompts, read_prompt, every=True)
+        extra = [{"prompt": prompt or [], "benchmark": True} for prompt in prompts]
+        extra = encode_rows(policy, tokenizer, extra, args, "--eval_prompts", every=True)
+    same_as_begun(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", [rows, extra])
+
+    def key(row):  # what two rows have in common whose prompts are the same to the policy
+        ids = row.get("prompt_ids", [tokenizer.unk_token_id])
+        return str(row["prompt"] if tokenizer.unk_token_id in ids else ids)
+
+    apart = {key(row) for row in extra}
+    rows = [row for row in rows if key(row) not in apart]
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
     held_out = rows[: min(args.n_eval, len(rows) // 4)]
-    apart = {json.dumps(row["prompt"]) for row in held_out}
-    rows = [row for row in rows[len(held_out) :] if json.dumps(row["prompt"]) not in apart]
+    apart = {key(row) for row in held_out}
+    rows = [row for row in rows[len(held_out) :] if key(row) not in apart]
     iterations = getattr(args, "iterations", 1)
     size = len(rows) // iterations
-    few = f"{len(apart) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
+    few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
 
-def split_prompts(tokenizer, args):
-    """Encoded prompts of --prompts and --eval_prompts: (a part for each iteration, those to evaluate on)."""
-    prompts = [{"prompt": prompt} for prompt in load_prompts(args.prompts, args.limit, args.seed)]
-    rows = encode_prompts(tokenizer, prompts, args.max_prompt_tokens)
-    return split_rows(tokenizer, rows, args)
-
-
-def as_response(policy, tokenizer, text, max_tokens):
-    """Somebody else's answer as a response: its tokens and the one that ends a turn, cut to `max_tokens`."""
-    stops, end = stop_ids(policy, tokenizer), tokenizer.eos_token_id
-    if tokenizer.chat_template:  # Gemma's turns do not end with EOS
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("\ue000")[2]
-        end = next((i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in stops), end)
-    ids = [*tokenizer(text, add_special_tokens=False).input_ids, end]
-    return {"text": text, "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
+def split_prompts(policy, tokenizer, args):
+    """Encoded prompts of --prompts, with --gold's answers, and of --eval_prompts: (a part per iteration, held_out)."""
+    rows = [{"prompt": prompt} for prompt in load_prompts(args.prompts, args.limit, args.seed)]
+    rows = encode_rows(policy, tokenizer, rows, args)
+    if getattr(args, "gold", ""):  # of dno.py
+        rows = add_gold(policy, tokenizer, rows, args)
+    return split_rows(policy, tokenizer, rows, args)
 
 
 def add_gold(policy, tokenizer, rows, args):
@@ -852,17 +1008,12 @@ def add_gold(policy, tokenizer, rows, args):
         golds = [{"prompt": row["prompt"], "gold": "".join(sorted(row["prompt"][-1]["content"]))} for row in rows]
     else:
         golds = load_rows("--gold", args.gold, read_gold)
-    control, kept = control_tokens(tokenizer), []
     golds = {json.dumps(row["prompt"]): row["gold"] for row in golds}
-    for row in rows:
-        text = golds.get(json.dumps(row["prompt"]), "")
-        if text.strip() and not any(token in text for token in control):
-            gold = as_response(policy, tokenizer, text, args.max_new_tokens)
-            kept.append({**row, "gold": {**gold, "teacher": True}})
-    require(kept, f"--gold {args.gold}: it answers none of the prompts; give --gold '' for no teacher")
-    if len(kept) < len(rows):
-        print(f"--gold {args.gold}: {len(rows) - len(kept)} of {len(rows)} prompts left out, which it does not answer")
-    return kept
+    found = [{**row, "gold": golds[key]} for row in rows if (key := json.dumps(row["prompt"])) in golds]
+    say_refused(f"--gold {args.gold}", Counter(unanswered=len(rows) - len(found)), len(rows))
+    require(found, f"--gold {args.gold}: it answers none of the prompts; give --gold '' for no teacher")
+    found = encode_rows(policy, tokenizer, found, args, "--gold", ["gold"])
+    return [{**row, "gold": {**row["gold"], "teacher": True}} for row in found]
 
 
 # 5. Models ------------------------------------------------------------------------------------------------------------
@@ -878,11 +1029,15 @@ MODELS = {  # short names for --model
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 CACHE = Path("runs/.cache")  # what runs share: tiny, and an LLM judge's replies
+# For cached_file: None where a file or the hub is out of reach.
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def load_config(name):
     """(configuration, folder or hub id) of --model, without its weights."""
     path = make_tiny() if name == "tiny" else MODELS.get(name, name)
+    adapter = (Path(path) / "adapter_config.json").exists()
+    require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
     found = name and (Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)))
     require(found, f"--model {name or repr(name)}: give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME")
     try:
@@ -901,6 +1056,8 @@ def load_policy(name, device="cpu", checkpointing=False):
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2: sdpa cannot cap the scores
         settings["attn_implementation"] = "eager"
+    elif "flash" in str(config._attn_implementation):  # a saved setting; it does not take decoding's masks
+        settings["attn_implementation"] = "sdpa"
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -921,6 +1078,8 @@ def load_policy(name, device="cpu", checkpointing=False):
             else:
                 p.master_remainder = remainders[n]
     check_architecture(policy, name)
+    check_tokenizer(tokenizer, path, name)
+    Chat(policy, tokenizer)  # says what the chat template lacks
     if checkpointing:
         use_checkpointing(policy)
     return policy, tokenizer
@@ -935,18 +1094,29 @@ def check_architecture(policy, name):
     require(known, f"--model {name}: not supported: only full and sliding attention are, not {sorted(set(types))}")
     plain = getattr(policy.get_output_embeddings(), "bias", None) is None and policy.base_model is not policy
     require(plain, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
-    prompts, right = [[1, 2, 3, 4, 5], [3, 2, 1]], True
+    n = min(40, (getattr(config, "max_position_embeddings", None) or 44) - 4)
+    prompts, right = [[i % config.vocab_size for i in range(n)], [3, 2, 1]], True
+    noise = 0.02 if policy.dtype == torch.bfloat16 else 0.001
     try:
-        sampled = generate(policy, prompts, k=1, max_new_tokens=3, temperature=0, eos_ids=[], slots=2)
+        sampled = generate(policy, prompts, k=1, max_new_tokens=4, temperature=0, eos_ids=[], slots=2)
         for x, (y,) in zip(prompts, sampled, strict=True):
             logits = policy(input_ids=torch.tensor([x + y], device=policy.device)).logits[0, len(x) - 1 : -1].float()
             picked = logits.gather(1, torch.tensor(y, device=policy.device)[:, None])[:, 0]
-            logp, tolerance = (picked - logits.logsumexp(1)).sum(), 0.02 * logits.abs().max().item()
+            logp, tolerance = (picked - logits.logsumexp(1)).sum(), noise * logits.abs().max().item()
             right &= (logits.amax(1) - picked).max().item() < tolerance
             right &= abs((response_logps(policy, [x], [y]) - logp).item()) < tolerance
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         require(False, f"--model {name}: its architecture is not supported ({error})"[:400])
     require(right, f"--model {name}: its cache, masks or head are not those of a plain decoder: not supported")
+
+
+def check_tokenizer(tokenizer, path, name):
+    """Say if transformers made another tokenizer than tokenizer.json describes, as a wrong class in a config does."""
+    text = "How are you?\n\nFine (thanks), it's 12,345.\n\n    return 'a'; Où est-ce?"
+    if file := transformers.utils.cached_file(path, "tokenizer.json", **QUIET):
+        right = tokenizers.Tokenizer.from_file(file).encode(text, add_special_tokens=False).ids
+        if right != tokenizer(text, add_special_tokens=False).input_ids:
+            print(f"--model {name}: {type(tokenizer).__name__} splits text otherwise than its tokenizer.json says")
 
 
 def stop_ids(policy, tokenizer):
@@ -971,6 +1141,10 @@ def save_policy(policy, tokenizer, folder):
     tokenizer.save_pretrained(part)
     if master_remainders(policy):
         save_file(master_remainders(policy), part / "master.safetensors")
+    for file in ("preprocessor_config.json", "processor_config.json"):  # of a multimodal model, for who serves it
+        found = policy.name_or_path and transformers.utils.cached_file(policy.name_or_path, file, **QUIET)
+        if found:
+            shutil.copy(found, part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
@@ -1029,11 +1203,10 @@ def make_tiny(folder=CACHE / "tiny", steps=300):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)  # says now, not after training, that it cannot be written
-    from tokenizers import Tokenizer, decoders, models
 
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ '=' if m.role == 'user' else eos_token }}"
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=template + "{% endfor %}",
@@ -1245,13 +1418,13 @@ def run_graph(step, graphs, key, device):
 
 def sample(policy, tokenizer, rows, k, seed, args):
     """`rows` with "responses": k answers of the policy to each, under the sampling flags."""
-    stops, prompts = stop_ids(policy, tokenizer), [row["prompt_ids"] for row in rows]
+    chat, prompts = Chat(policy, tokenizer), [row["prompt_ids"] for row in rows]
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    longest = max(args.max_prompt_tokens, *map(len, prompts)) + args.max_new_tokens  # longer: of --eval_prompts
+    slots = max(1, args.slots * (args.max_prompt_tokens + args.max_new_tokens) // longest)
     with tqdm(total=k * len(rows), desc="sampling", unit="response", leave=False, disable=None) as bar:
-        sampled = generate(policy, prompts, k=k, eos_ids=stops, seed=seed, slots=args.slots, progress=bar, **settings)
-    as_text = {"skip_special_tokens": True}
-    ys = [[{"text": tokenizer.decode(y, **as_text), "ids": y, "finished": y[-1] in stops} for y in s] for s in sampled]
-    return [{**row, "responses": y} for row, y in zip(rows, ys, strict=True)]
+        sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, seed=seed, slots=slots, progress=bar, **settings)
+    return [{**row, "responses": [chat.sampled(y) for y in ys]} for row, ys in zip(rows, sampled, strict=True)]
 
 
 # 7. Judges ------------------------------------------------------------------------------------------------------------
@@ -1427,13 +1600,18 @@ class LLMJudge:
         rows = read_jsonl(cache)
         write_jsonl(cache, rows)  # without a torn last line
         self.known = {row["key"]: row["points"] for row in rows}
-        self.why = ""  # the last failure
+        self.why, self.asked, self.failed = "", 0, 0  # the last failure; prompts
+        self.settings = {"temperature": 0}
 
     def points(self, prompts, responses):
         """prompts: B lists of messages; responses: B lists of K texts -> points (B, K)."""
         rows = torch.tensor(list(self.pool.map(self.grade, prompts, responses)), dtype=torch.float32)
-        failed = rows.isnan().any(1).float().mean().item()
-        require(failed < 0.5, f"--judge llm: no verdict on {failed:.0%} of {len(rows)} prompts, the last: {self.why}")
+        failed = int(rows.isnan().any(1).sum())
+        self.asked, self.failed = self.asked + len(rows), self.failed + failed
+        usable = 2 * self.failed < self.asked or (self.asked < 20 and failed < len(rows))
+        require(usable, f"--judge llm: no verdict on {self.failed} of {self.asked} prompts, the last: {self.why}")
+        if failed:
+            print(f"--judge llm: no verdict on {failed} of {len(rows)} prompts, the last: {self.why}")
         return rows
 
     def __call__(self, prompts, responses):
@@ -1449,11 +1627,11 @@ class LLMJudge:
         keys = ", ".join(f'"id{n}_justification": a short sentence, "id{n}_score": 0 to 6' for n in range(len(order)))
         question = f"{RUBRIC}\n\n<request {mark}>\n{plain_text(prompt)}\n</request {mark}>\n\n{shown}\n\n"
         question += f"Reply with one JSON dictionary and nothing else: {{{keys}}}"
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}]}
         key = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         if key not in self.known:
             try:
-                reply = self.ask(body)["choices"][0]["message"]["content"]
+                reply = as_text(self.ask(body)["choices"][0]["message"]["content"])
                 self.known[key] = read_points(reply, len(order))
             except Exception as error:  # the client's, the server's, or a reply that is no chat completion
                 self.why = f"{type(error).__name__}: {error}"
@@ -1463,19 +1641,30 @@ class LLMJudge:
         return [self.known[key][order.index(i)] for i in range(len(texts))]
 
     def ask(self, body):
-        """The server's reply to a chat completion. Raises the last error when it stays away."""
+        """The server's reply to a chat completion. Raises the last error, with the address, when it stays away."""
+        url, waits = f"{self.url}/chat/completions", iter(BACK_OFF)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.getenv('OPENAI_API_KEY', 'none')}"}
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        for wait in (*BACK_OFF, None):
+        while True:
+            settings = self.settings  # which another thread may change
+            request = urllib.request.Request(url, json.dumps(body | settings).encode(), headers)
             try:
                 with urllib.request.urlopen(request, timeout=300) as reply:
-                    return json.load(reply)
-            except (OSError, http.client.HTTPException) as error:  # also of urllib, also silence
-                code = getattr(error, "code", 500)
-                if wait is None or (code < 500 and code not in (408, 429)):
-                    raise
-                asked = str(error.headers.get("Retry-After", "")) if hasattr(error, "headers") else ""
-                time.sleep(min(float(asked), 600) if asked.isdigit() else wait)
+                    found = json.load(reply)
+                if not found.get("error"):
+                    return found
+                code, why, asked = found["error"].get("code"), found["error"], ""  # within a status 200
+            except urllib.error.HTTPError as error:
+                code, asked = error.code, error.headers.get("Retry-After", "")
+                why = f"{error} {error.read(300).decode(errors='replace')}"
+            except (OSError, http.client.HTTPException) as error:  # also silence
+                code, why, asked = 503, f"{type(error).__name__}: {error}", ""
+            if settings and code in (400, 422) and "temperature" in str(why):
+                self.settings = {}  # the server's own
+                continue
+            wait = next(waits, None) if re.fullmatch(r"408|429|5\d\d", str(code)) else None
+            if wait is None:
+                raise OSError(f"{url}: {why}")
+            time.sleep(min(float(asked), 600) if asked.isdigit() else wait)
 
 
 def read_points(reply, n):
@@ -1511,12 +1700,14 @@ def load_judge(args):
 def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     """Metrics of iterate t: its answers to the held-out prompts, judged against those of all earlier iterates.
 
-    The answers go to iter_T/answers.jsonl and, as the alpaca_eval package reads them, to iter_T/outputs.json; there
-    only those to --eval_prompts, if there are any.
+    The answers go to iter_T/answers.jsonl and, as the alpaca_eval package reads them, to iter_T/outputs.json: if there
+    are --eval_prompts, those to all of these, in their order.
     """
     folder, names = run / f"iter_{t}", ("instruction", "output", "generator")
     earlier = [read_jsonl(run / f"iter_{i}" / "answers.jsonl") for i in range(t)]
-    rows = sample(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args)
+    can = [row for row in held_out if "prompt_ids" in row]  # not all of --eval_prompts: their place stays, without text
+    answered = iter(sample(policy, tokenizer, can, 1, f"{args.seed} evaluate {t}", args))
+    rows = [next(answered) if "prompt_ids" in row else {**row, "responses": [{"text": ""}]} for row in held_out]
     shown = [row for row in rows if "benchmark" in row] or rows
     texts = [(plain_text(row["prompt"]), row["responses"][0]["text"], run.name) for row in shown]
     write_json(folder / "outputs.json", [dict(zip(names, text, strict=True)) for text in texts])

@@ -49,7 +49,6 @@ from transformers.hf_argparser import HfArg
 
 from common import (
     Checkpoint,
-    add_gold,
     add_logps,
     cached,
     cli,
@@ -265,8 +264,7 @@ def main(args):
     judge = load_judge(args)
     newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
-    parts, held_out = split_prompts(tokenizer, args)
-    parts = [add_gold(policy, tokenizer, part, args) if args.gold else part for part in parts]
+    parts, held_out = split_prompts(policy, tokenizer, args)
     if not table:
         finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 

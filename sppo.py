@@ -21,6 +21,8 @@ Where this file departs from the paper, and why:
     stochastically.
  6. Best and worst go by the mean of the scores, as the paper says, targets by the mean preference. A preference of 0 or
     1, as by rule 1, counts as a score of -14 or 14. Where a judge is very sure of some pairs, the two may disagree.
+ 7. One epoch over the pairs of an iteration, as in the released scripts and model cards (num_train_epochs 1.0); the
+    paper's appendix speaks of 18, which readers of the code have asked about (uclaml/SPPO issue 10).
 Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
@@ -127,7 +129,7 @@ PAPER = {  # arXiv 2405.00675, experiments; K, T, top-p and 3 iterations are the
     "slots": 64,
     "checkpointing": True,
     "learning_rate": 5e-7,
-    "epochs": 1,  # as in the released scripts and model cards; the paper's appendix says 18 (uclaml/SPPO issue 10)
+    "epochs": 1,
     "batch_size": 64,
 }
 RECIPES = {"tiny": {}, "mistral-7b": PAPER, "other": PAPER}
@@ -219,7 +221,7 @@ def main(args):
     judge = load_judge(args)
     newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
-    parts, held_out = split_prompts(tokenizer, args)
+    parts, held_out = split_prompts(policy, tokenizer, args)
     if not table:
         finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 

@@ -38,22 +38,19 @@ from transformers.hf_argparser import HfArg
 from common import (
     Checkpoint,
     add_logps,
-    as_answer,
-    as_response,
     cached,
     cli,
     digit_prompts,
-    encode_prompts,
+    encode_rows,
     evaluate,
     finish_iterate,
     finish_run,
     load_judge,
+    load_pairs,
     load_policy,
-    load_rows,
     make_optimizer,
     micro_batches,
     pair_logps,
-    read_prompt,
     require,
     split_rows,
     start_run,
@@ -212,23 +209,6 @@ def digit_pairs(n, seed):
     return pairs
 
 
-def read_pair(row):
-    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score; or None."""
-    prompt, chosen, rejected = read_prompt(row), as_answer(row["chosen"]), as_answer(row["rejected"])
-    same = "prompt" in row or prompt == read_prompt({"chosen": row["rejected"]})
-    if not prompt or not same or not chosen.strip() or not rejected.strip() or chosen == rejected:
-        return None
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if "score_chosen" in row and "score_rejected" in row:
-        pair["gap"] = row["score_chosen"] - row["score_rejected"]
-    return pair
-
-
-def load_pairs(source, limit=0, seed=0):
-    """Different pairs {"prompt", "chosen", "rejected"}, some with "gap": digit_pairs, or a dataset's."""
-    return digit_pairs(limit or 5632, seed) if source == "digits" else load_rows("--pairs", source, read_pair, limit)
-
-
 def refine(prompt, p):
     """p + x: the messages of `prompt` with the text p in front of the last one, the query."""
     return [*prompt[:-1], {**prompt[-1], "content": p + prompt[-1]["content"]}]
@@ -241,13 +221,10 @@ def make_pairs(policy, tokenizer, pairs, args):
     """
     p = REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt)
     print(f"p: {p!r}")
-    rows = encode_prompts(tokenizer, pairs, args.max_prompt_tokens, "--pairs")
-    rows = encode_prompts(
-        tokenizer, rows, args.max_prompt_tokens, "--pairs behind p", "refined_ids", lambda x: refine(x, p)
-    )
+    rows = encode_rows(policy, tokenizer, pairs, args, "--pairs", ["chosen", "rejected"])
+    rows = encode_rows(policy, tokenizer, rows, args, "--pairs behind p", change=lambda prompt: refine(prompt, p))
     for row in rows:
-        texts = row.pop("chosen"), row.pop("rejected")
-        row["responses"] = [as_response(policy, tokenizer, text, args.max_new_tokens) for text in texts]
+        row["responses"] = [row.pop("chosen"), row.pop("rejected")]
     cut = sum(not y["finished"] for row in rows for y in row["responses"])
     kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
     if cut:
@@ -292,8 +269,9 @@ def main(args):
     judge = load_judge(args) if args.judge else None
     newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
-    pairs = make_pairs(policy, tokenizer, load_pairs(args.pairs, args.limit, args.seed), args)
-    (pairs,), held_out = split_rows(tokenizer, pairs, args)
+    builtin = args.pairs == "digits"
+    pairs = digit_pairs(args.limit or 5632, args.seed) if builtin else load_pairs(args.pairs, args.limit)
+    (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
     # the start's log-probs, which `measure` compares with
     scored = cached(run / "iter_0" / "held_out.jsonl", scored, lambda some: add_both(policy, some, "ref_logps", args))

@@ -74,7 +74,7 @@ def main():
     settings = {**SETTINGS, "pairs": args.pairs, "limit": args.limit}
     tables, starts, stamp = {"DPO": [], "Sr-DPO": []}, [], time.strftime("%Y%m%d-%H%M%S")
     for seed in range(1, args.seeds + 1):
-        pairs = sr_dpo.load_pairs(args.pairs, args.limit)
+        pairs = common.load_pairs(args.pairs, args.limit)
         prompts = [m["content"] for pair in pairs for m in pair["prompt"]]
         tokenizer = make_tokenizer(prompts + [pair["chosen"] for pair in pairs])
         sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
@@ -83,7 +83,7 @@ def main():
         torch.manual_seed(seed)
         policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ends)).eval()
         one = sr_dpo.Args(**settings, seed=seed)
-        (pairs,), held_out = common.split_rows(tokenizer, sr_dpo.make_pairs(policy, tokenizer, pairs, one), one)
+        (pairs,), held_out = common.split_rows(policy, tokenizer, sr_dpo.make_pairs(policy, tokenizer, pairs, one), one)
         supervise(policy, pairs, args.epochs, seed)
         starts.append((per_token(policy, held_out, "prompt_ids"), per_token(policy, held_out, "refined_ids")))
         print(f"seed {seed}: {policy.num_parameters():,} parameters, nats per token {starts[-1]}")

@@ -71,7 +71,7 @@ def test_trls_dpo_is_dnos_loss_at_eta_beta_and_sr_dpos_at_lambda_0(beta):
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_label_smoothing_is_the_exact_loss_with_a_fixed_preference(smoothing):
+def test_mitchells_label_smoothing_is_the_exact_loss_with_a_fixed_preference(smoothing):
     beta = 0.1
     theirs = -(1 - smoothing) * log_sigmoid(beta * (A - B)) - smoothing * log_sigmoid(beta * (B - A))
     r_1 = torch.tensor([math.log((1 - smoothing) / smoothing)], dtype=torch.float64)

@@ -2,15 +2,17 @@
 
 import gzip
 import json
+import unicodedata
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from tokenizers import normalizers
 
 import common
-import sr_dpo
-from common import DigitsJudge, digit_prompts, load_prompts, load_rows, preferences, read_gold, split_rows
+import sppo
+from common import DigitsJudge, digit_prompts, load_pairs, load_prompts, load_rows, preferences, read_gold, split_rows
 
 
 def user(text):
@@ -69,9 +71,9 @@ def test_every_shape_is_read(tmp_path, capsys, row, prompt, gold, pair):
     else:
         assert "none of its rows can be used" in stopped(capsys, load_rows, "--gold", path, read_gold)
     if isinstance(pair, dict):
-        assert sr_dpo.load_pairs(path) == [{"prompt": prompt, **pair}]
+        assert load_pairs(path) == [{"prompt": prompt, **pair}]
     else:
-        assert pair in stopped(capsys, sr_dpo.load_pairs, path)
+        assert pair in stopped(capsys, load_pairs, path)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_every_shape_is_read(tmp_path, capsys, row, prompt, gold, pair):
     [
         ({"text": "a", "label": 1}, "row 2 has text, label; wanted prompt"),
         ({"prompt": 3}, "row 2 has prompt;"),
-        ({"prompt": [{"role": "user", "content": 7}]}, "not text"),
+        ({"prompt": [{"text": "a"}]}, "row 2 has prompt;"),
         ({"prompt": " \n"}, None),
         ({"prompt": [FINE]}, None),  # the user does not have the last word
     ],
@@ -92,7 +94,60 @@ def test_a_row_of_no_known_shape_stops_and_an_empty_one_is_counted(tmp_path, cap
         assert words in stopped(capsys, load_prompts, str(tmp_path / "p.jsonl"))
     else:
         assert load_prompts(str(tmp_path / "p.jsonl")) == [user("good")]
-        assert "2 empty and 1 repeated rows left out" in capsys.readouterr().out
+        assert (
+            "p.jsonl: 2 of 4 left out: empty, or not ending" in (said := capsys.readouterr().out)
+            and "1 of 4 left out: rep" in said
+        )
+
+
+TOOLS, CALL = [{"type": "function", "function": {"name": "f"}}], [{"function": {"name": "f", "arguments": "{}"}}]
+IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "tools": TOOLS}, "with tools, which is not supported"),
+        ({"prompt": [*user("q"), {**FINE, "tool_calls": CALL}, *user("so?")]}, "with tool_calls"),
+        ({"prompt": "q", "chosen": [{**FINE, "reasoning_content": "hm"}], "rejected": "bad"}, "with reasoning_content"),
+        ({"prompt": [{"role": "user", "content": None}]}, "with a message that is not text"),
+        ({"prompt": [{"role": "user", "content": IMAGE}]}, "with a message that is not text"),
+        ({"prompt": "q", "images": ["a.png"]}, "with images"),
+        ({"prompt": "q", "chosen": [FINE, *user("and?"), BAD], "rejected": "bad"}, "not the assistant's one turn"),
+        ({"prompt": "q", "chosen": [*user("other"), FINE], "rejected": "bad"}, "not the assistant's one turn"),
+        ({"chosen": [*user("q"), FINE], "rejected": [*user("r"), BAD]}, "not the assistant's one turn"),
+        ({"prompt": "q", "chosen": " ", "rejected": "bad"}, "with an empty answer, or twice the same"),
+    ],
+    ids=str,
+)
+def test_what_would_be_lost_is_left_out_and_counted_by_name(tmp_path, capsys, row, reason):
+    good = {"prompt": "good", "chosen": "fine", "rejected": "bad"}
+    path = write(tmp_path / "p.jsonl", good)
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps(good) + "\n" + json.dumps({"chosen": "a", "rejected": "b"} | row) + "\n"
+    )
+    assert [pair["prompt"] for pair in load_pairs(path)] == [user("good")]
+    assert "1 of 2 left out: " in (said := capsys.readouterr().out) and reason in said
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "q", "system": "be brief", "tools": []}, [SYSTEM, *user("q")]),
+        ({"prompt": TALK, "system_prompt": "be brief"}, [SYSTEM, *TALK]),
+        ({"prompt": [SYSTEM, *user("q")], "system": "be brief"}, [SYSTEM, *user("q")]),
+        ({"instruction": "and?", "history": [["q", "fine"]], "system": "be brief"}, [SYSTEM, *TALK]),
+        ({"prompt": "and?", "history": [*user("q"), FINE]}, TALK),
+        ({"instruction": "q", "context": "about x"}, user("q\n\nabout x")),
+        ({"prompt": PARTS}, user("q!")),
+    ],
+    ids=str,
+)
+def test_fields_beside_the_prompt_are_used(tmp_path, row, prompt):
+    assert load_prompts(write(tmp_path / "p.jsonl", row)) == [prompt]
 
 
 def test_files_of_all_kinds_hold_the_same_and_a_folder_has_splits(tmp_path, monkeypatch, capsys):
@@ -112,6 +167,15 @@ def test_files_of_all_kinds_hold_the_same_and_a_folder_has_splits(tmp_path, monk
         write(tmp_path / "my.data" / f"{split}.jsonl", {"prompt": split})
     assert load_prompts("my.data") == [user("train")] and load_prompts("my.data:test") == [user("test")]
     assert "nope" in stopped(capsys, load_prompts, "my.data:nope")
+    data = datasets.Dataset.from_list(rows)  # as a user keeps one
+    data.save_to_disk("saved")
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk("both")
+    assert load_prompts("saved") == load_prompts("both") == load_prompts("p.jsonl")
+    assert load_prompts("both:test") == [user("zwei ☃")]
+    (tmp_path / "clone").mkdir()  # as one of UltraFeedback, whose files are named after their sources
+    for name in ("evol_instruct", "truthful_qa"):
+        write(tmp_path / "clone" / f"{name}.jsonl", {"instruction": name})
+    assert load_prompts("clone") == [user("evol_instruct"), user("truthful_qa")]
 
 
 @pytest.mark.parametrize("source", ["none.jsonl", "p.txt", "bad.jsonl", "bad.jsonl.gz", "", "org/name:train", "a/b/c"])
@@ -134,9 +198,10 @@ def test_the_parts_and_the_held_out_prompts_are_disjoint(copies, n_eval, held, s
     rows = [{"prompt": prompt, "n": n} for prompt in prompts for n in range(copies)]
     extra = [*prompts[:3], user("77")]
     path = write(tmp_path / "eval.jsonl", *({"prompt": prompt} for prompt in extra))
-    args = SimpleNamespace(iterations=3, n_eval=n_eval, seed=1, eval_prompts=path, max_prompt_tokens=10)
-    _, tokenizer = common.load_policy(tiny)
-    parts, held_out = split_rows(tokenizer, rows, args)
+    args = sppo.Args(n_eval=n_eval, eval_prompts=path, max_prompt_tokens=10)
+    policy, tokenizer = common.load_policy(tiny)
+    rows = common.encode_rows(policy, tokenizer, rows, args)
+    parts, held_out = split_rows(policy, tokenizer, rows, args)
     benchmark = [row["prompt"] for row in held_out if "benchmark" in row]
     assert (
         len(held_out) == held + 4
@@ -147,9 +212,37 @@ def test_the_parts_and_the_held_out_prompts_are_disjoint(copies, n_eval, held, s
     groups = [[row["prompt"][0]["content"] for row in some] for some in (held_out, *parts)]
     assert all(set(groups[0]).isdisjoint(part) for part in groups[1:])
     assert copies == 2 or (len(parts[0]) == size and len(set().union(*groups)) == sum(map(len, groups)))
-    assert split_rows(tokenizer, rows, args) == (parts, held_out)
+    assert split_rows(policy, tokenizer, rows, args) == (parts, held_out)
     args.iterations = 1000
-    assert "too few for 1000 iterations" in stopped(capsys, split_rows, tokenizer, rows, args)
+    assert "too few for 1000 iterations" in stopped(capsys, split_rows, policy, tokenizer, rows, args)
+
+
+def test_outputs_json_has_every_evaluation_prompt_in_its_place(workdir, capsys):
+    """alpaca_eval looks up a prompt's difficulty by its row: what cannot be answered is there, with an empty answer."""
+    texts = ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45"]  # again, empty, control, long, over 512 positions
+    path = write(workdir / "e.jsonl", *({"instruction": text} for text in texts), {"prompt": "7", "tools": [{"a": 1}]})
+    flags = ["--limit", "40", "--n_eval", "8", "--iterations", "1", "--k", "2", "--eval_prompts", path, "--name", "x"]
+    common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, flags)
+    said = capsys.readouterr().out
+    for t in (0, 1):
+        rows = json.loads((workdir / f"runs/x/iter_{t}/outputs.json").read_text())
+        assert [row["instruction"] for row in rows] == ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45", ""]
+        assert [row["output"] != "" for row in rows] == [True, True, False, False, True, False, True, False]
+        assert rows[0]["output"] == rows[1]["output"]
+    assert "e.jsonl: 1 of 8 left out: with tools" in said and "--eval_prompts: 1 of 8 left out: with </s>" in said
+    assert "--eval_prompts: 1 of 8 left out: over --max_prompt_tokens 496" in said
+
+
+def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
+    policy, tokenizer = common.load_policy(tiny)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen's
+    tokenizer.add_tokens(["é"])
+    texts = [unicodedata.normalize(form, f"é {n}") for n in range(40) for form in ("NFC", "NFD")]
+    args = sppo.Args(n_eval=8, iterations=1)
+    rows = common.encode_rows(policy, tokenizer, [{"prompt": user(text)} for text in texts], args)
+    (part,), held_out = split_rows(policy, tokenizer, rows, args)
+    ids = [{str(row["prompt_ids"]) for row in some} for some in (part, held_out)]
+    assert len(ids[0] | ids[1]) == 40 and not ids[0] & ids[1]
 
 
 def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
@@ -157,12 +250,13 @@ def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
     rows = [{"prompt": user(text), "n": n} for n, text in enumerate(("31", "25", "4", "6", "1"))]
     texts = {"25": "2 5", "31": "13", "4": "</s>", "6": " ", "9": "9"}  # of some; "4" spells a control token
     path = write(tmp_path / "g.jsonl", *({"prompt": x, "gold": y} for x, y in texts.items()))
-    args = SimpleNamespace(gold=path, max_new_tokens=3)
+    args = SimpleNamespace(gold=path, max_new_tokens=3, max_prompt_tokens=9)
     kept = common.add_gold(policy, tokenizer, rows, args)
     assert [(row["n"], row["gold"]["text"]) for row in kept] == [(0, "13"), (1, "2 5")]
     assert kept[0]["gold"] == {"text": "13", "ids": [*tokenizer("13").input_ids, 1], "finished": True, "teacher": True}
     assert len(kept[1]["gold"]["ids"]) == 3 and not kept[1]["gold"]["finished"]  # cut, without EOS
-    assert "3 of 5 prompts left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 5 left out: unanswered" in said and "--gold: 1 of 3 left out: with </s> in the text" in said
     assert "answers none" in stopped(capsys, common.add_gold, policy, tokenizer, rows[4:], args)
     args.gold = "digits"
     assert [row["gold"]["text"] for row in common.add_gold(policy, tokenizer, rows, args)][:2] == ["13", "25"]

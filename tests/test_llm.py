@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import common
+import dno
 from common import LLMJudge, as_messages, preferences, read_points
 
 
@@ -109,12 +110,38 @@ def test_points_come_back_to_their_responses_whatever_the_order_shown(serve):
         ([(429, {"Retry-After": "17"}, ""), (503, {"Retry-After": "soon"}, "")], [17, 0]),
         ([(503, {"Retry-After": "86400"}, "")], [600]),
         ([(200, {"Content-Length": 1000}, "{")], [0]),  # the connection is lost
+        ([(200, {}, '{"error": {"code": 429, "message": "free-models-per-min"}}')], [0]),  # as routers send it
+        ([(400, {}, '{"error": "`temperature` must be strictly positive"}')], []),  # is left out from then on
     ],
 )
 def test_a_server_in_trouble_is_asked_again(serve, monkeypatch, trouble, waits):
     slept = []
     monkeypatch.setattr(common, "time", SimpleNamespace(sleep=slept.append))
     assert points(serve(*trouble, fair), ["one"]) == [[3, 4]] and slept == waits
+
+
+def test_a_refused_temperature_is_left_out_and_content_may_be_parts(serve):
+    def reply(question):
+        content = [{"type": "text", "text": part} for part in (fair(question)[:9], fair(question)[9:])]
+        return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]})
+
+    judge = serve((422, {}, "unsupported value: temperature"), reply)
+    assert points(judge, ["one"]) == points(judge, ["two"]) == [[3, 4]]
+    assert ["temperature" in request for request in judge.requests] == [True, False, False]
+
+
+def test_failures_are_counted_from_the_first_and_stop_from_the_twentieth(serve, capsys):
+    judge = serve(lambda question: "What?" if "bad" in question else fair(question))
+    assert points(judge, ["1", "bad 1", "bad 2"])[0] == [3, 4]  # two of three, but of few
+    assert "no verdict on 2 of 3 prompts, the last: ValueError: its reply has not" in capsys.readouterr().out
+    points(judge, [str(n) for n in range(2, 20)] + ["bad 3"])
+    with pytest.raises(SystemExit):
+        points(judge, [*(f"bad {n}" for n in range(4, 23)), "20"])
+    assert "no verdict on 22 of 42 prompts" in capsys.readouterr().err
+    judge = serve("What?")
+    with pytest.raises(SystemExit):
+        points(judge, ["never"])  # nothing ever came back
+    assert "no verdict on 1 of 1 prompts, the last: ValueError" in capsys.readouterr().err
 
 
 def test_nothing_is_asked_twice(serve, monkeypatch):
@@ -146,7 +173,18 @@ BROKEN |= {"IndexError": (200, {}, '{"choices": []}'), "its reply has not 0 to 6
 def test_a_judge_that_fails_at_most_prompts_ends_the_run_with_its_last_reason(serve, capsys, words):
     judge = serve(lambda question: BROKEN[words] if "bad" in question else fair(question))
     with pytest.raises(SystemExit) as end:
-        points(judge, ["bad 1", "bad 2", "bad 3", "4", "5"])
+        points(judge, [*(f"bad {n}" for n in range(12)), *"12345678"])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and "--judge llm: no verdict on 60% of 5 prompts" in err
-    assert words in err and len(common.read_jsonl(judge.cache)) == 2  # what was paid for is kept
+    assert end.value.code == 2 and err.count("\n") == 1 and "--judge llm: no verdict on 12 of 20 prompts" in err
+    assert words in err and len(common.read_jsonl(judge.cache)) == 8  # what was paid for is kept
+    assert f"{judge.url}/chat/completions: " in err or words not in ("401", "404", "503")
+
+
+def test_a_run_without_any_judgement_says_so(serve, workdir, capsys):
+    """And does not advise to lower margins."""
+    judge = serve(lambda question: '{"id0_score": 3, "id1_score": 4}' if "Hi!" in question else "What?")
+    flags = ["--judge", "llm", "--judge_url", judge.url, "--judge_model", "m", "--limit", "20", "--n_eval", "4"]
+    with pytest.raises(SystemExit):
+        common.cli(dno.main, dno.Args, dno.RECIPES, dno.__doc__, [*flags, "--iterations", "1", "--k", "2"])
+    err = capsys.readouterr().err
+    assert "--judge llm: no verdict on" in err and "its reply has not 0 to 6 points" in err and "margin" not in err

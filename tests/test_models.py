@@ -1,13 +1,14 @@
-"""Models on disk: load, save, checkpoint, refusals; prompts and answers as token ids."""
+"""Models on disk: load, save, checkpoint, refusals."""
+
+import json
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import save_file
-from tokenizers import processors
 
 import common
-from common import as_messages, encode_prompts, load_policy, response_logps, save_policy
+from common import as_messages, load_policy, response_logps, save_policy
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "bos_token_id": 0}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": 1}
@@ -132,69 +133,36 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path, tokenizer, capsys, 
     assert words in refusal(capsys, tmp_path)
 
 
+def test_what_others_put_into_a_folder(tmp_path, tokenizer, capsys):
+    policy = build()
+    save_policy(policy, tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    for name in ("preprocessor_config.json", "processor_config.json"):  # of a multimodal model, whose text is trained
+        (tmp_path / "model" / name).write_text('{"processor_class": "Gemma3Processor"}')
+    loaded = load_policy(tmp_path / "model")
+    assert capsys.readouterr().out == ""
+    save_policy(*loaded, tmp_path / "final")
+    assert {file.name for file in (tmp_path / "final").iterdir()} == {f.name for f in (tmp_path / "model").iterdir()}
+    raw = json.loads((tmp_path / "model/tokenizer.json").read_text())  # transformers rebuilds what this class is not
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(raw | {"pre_tokenizer": {"type": "Whitespace"}}))
+    (tmp_path / "model/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"})
+    )
+    load_policy(tmp_path / "model")
+    assert "splits text otherwise than its tokenizer.json says" in capsys.readouterr().out
+    (tmp_path / "model/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "it is an adapter, as of LoRA; merge it" in refusal(capsys, tmp_path / "model")
+
+
 def test_tiny_is_a_folder_as_others_and_is_made_once(workdir, tiny):
     files = {file.name: file.stat().st_mtime_ns for file in tiny.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < files.keys()
-    tokenizer = load_policy("tiny")[1]
+    policy, tokenizer = load_policy("tiny")
     assert files == {file.name: file.stat().st_mtime_ns for file in tiny.iterdir()}
     assert len(tokenizer) == 98 and tokenizer.decode(tokenizer("0123 ~!").input_ids) == "0123 ~!"
-    prompt = encode_prompts(tokenizer, [{"prompt": as_messages("3142")}], 9)[0]["prompt_ids"]
+    prompt = common.Chat(policy, tokenizer).prompt_ids(as_messages("3142"))
     assert tokenizer.decode(prompt) == "<s>3142="  # it ends where the answer begins
     torch.manual_seed(1)  # which making it does not read
     first, second = (common.make_tiny(workdir / name, steps=2) / "model.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
-
-
-NO_BOS = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "adds_bos", "bos", "text"),
-    [
-        ("{{ bos_token }}" + NO_BOS, True, "<s>", "<s>[12]"),  # Llama
-        (NO_BOS, True, "<s>", "<s>[12]"),
-        (None, True, "<s>", "<s>12"),
-        (NO_BOS, False, "<s>", "[12]"),  # has one, but wants none: GPT-NeoX
-        (NO_BOS, False, None, "[12]"),  # has none: Qwen
-    ],
-)
-def test_bos_is_there_exactly_once_for_a_model_that_wants_one(tokenizer, template, adds_bos, bos, text, capsys):
-    tokenizer.chat_template, tokenizer.bos_token = template, bos
-    if adds_bos:
-        post = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
-        tokenizer.backend_tokenizer.post_processor = post
-    (row,) = encode_prompts(tokenizer, [{"prompt": as_messages("12")}], 9)
-    assert row["prompt"] == as_messages("12") and tokenizer.decode(row["prompt_ids"]) == text
-    assert ("no chat template" in capsys.readouterr().out) == (template is None)
-
-
-@pytest.mark.parametrize(  # as Llama-3 and Gemma; what ends a turn does not end an answer; no turns
-    ("template", "stops", "end"), [(TURNS, [1, 98], 98), (TURNS, [1], 1), (None, None, 1)]
-)
-def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer, template, stops, end):
-    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
-    tokenizer.chat_template, policy = template, build()
-    policy.generation_config.eos_token_id = stops
-    assert common.stop_ids(policy, tokenizer) == (stops or [1])
-    ids = [*tokenizer("12").input_ids, end]
-    assert common.as_response(policy, tokenizer, "12", 3) == {"text": "12", "ids": ids, "finished": True}
-    assert common.as_response(policy, tokenizer, "12", 2) == {"text": "12", "ids": ids[:2], "finished": False}
-
-
-def test_rows_that_cannot_be_prompts_are_left_out_and_counted(tokenizer, capsys):
-    tokenizer.add_tokens(["<|im_end|>", "  "])  # the template writes it; the blanks are text, as in GPT-NeoX
-    one_turn = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
-    tokenizer.chat_template = one_turn + NO_BOS + "<|im_end|>"
-    texts = "1", "</s>", "a <|im_end|> b", "a  b", "x" * 50, "(</s", "é <unk>", "2", "3", "4"
-    rows = [{"prompt": as_messages(text)} for text in texts] + [{"prompt": as_messages("1") * 2}]
-    for row, rejected in zip(rows[7:10], ("4", "a<s>", "</s>"), strict=True):
-        row |= {"chosen": "3", "rejected": rejected}
-    kept = encode_prompts(tokenizer, rows, 12, "--pairs")
-    assert [row["prompt"][0]["content"] for row in kept] == ["1", "a  b", "(</s", "é <unk>", "2"]
-    said = capsys.readouterr().out
-    for why in ("4 of 11 left out: with a control", "1 of 11 left out: over --max", "1 of 11 left out: rejected"):
-        assert f"--pairs: {why}" in said
-    with pytest.raises(SystemExit):
-        encode_prompts(tokenizer, rows[1:2], 12)
-    assert "--prompts: none is left: all are with a control token" in capsys.readouterr().err

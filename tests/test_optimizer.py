@@ -7,16 +7,12 @@ from safetensors.torch import load_file
 import common
 import sppo
 from common import SplitMaster, join_master, load_policy, make_optimizer, split_master
-from test_logps import HAS_TRITON, llama
+from test_logps import llama
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=HAS_TRITON)])
-def update(request, monkeypatch):
-    """The two ways to update a parameter; Triton runs through its interpreter (conftest.py)."""
+@pytest.fixture
+def slices(monkeypatch):
     monkeypatch.setattr(common, "SLICE", 100)  # smaller than the parameters
-    if request.param == "triton":
-        monkeypatch.setattr(common, "update_torch", common.update_triton)
-    return request.param
 
 
 def train_both(steps, lr, same_moment, **settings):
@@ -53,15 +49,15 @@ def test_any_float32_splits_and_joins_to_the_bit():
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.9, "eps": 1e-5}], ids=str)
-def test_30_steps_equal_torchs_on_a_float32_master(settings, update):
-    """Bit for bit, where torch's has the same moment; Triton's interpreter has no fused multiply-add."""
+def test_30_steps_equal_torchs_on_a_float32_master(settings, slices):
+    """Bit for bit, where torch's has the same moment."""
     start, mine, masters, right = train_both(30, 1e-4, same_moment=True, **settings)
     for w, p, master, q in zip(start, mine, masters, right, strict=True):
-        assert torch.equal(master, q) if update == "torch" else torch.allclose(master, q, rtol=2e-6, atol=1e-9)
+        assert torch.equal(master, q)
         assert torch.equal(p.data, split_master(master)[0]) and not torch.equal(p.data, w)
 
 
-def test_a_tiny_learning_rate_arrives_in_full(update):
+def test_a_tiny_learning_rate_arrives_in_full(slices):
     """Weights held in bf16 alone would stay where they are: half their spacing is a hundred times the update."""
     start, _, masters, right = train_both(60, 5e-7, same_moment=False)
     for w, master, q in zip(start, masters, right, strict=True):
@@ -70,7 +66,7 @@ def test_a_tiny_learning_rate_arrives_in_full(update):
         assert intended.abs().max() < 1e-4 < w.float().abs().max()
 
 
-def test_the_moment_is_right_on_average(update):
+def test_the_moment_is_right_on_average(slices):
     """With alpha 0.999 a bf16 moment that is rounded to nearest stops within a few per cent."""
     p = torch.nn.Parameter(torch.zeros(1000).bfloat16())
     optimizer, right = SplitMaster([p], 1e-6, alpha=0.999), 0.0
@@ -81,7 +77,7 @@ def test_the_moment_is_right_on_average(update):
     assert optimizer.state[p]["moment"].float().mean().item() == pytest.approx(right, rel=2e-3)
 
 
-def test_each_element_parameter_and_step_is_rounded_anew_and_without_bias(update):
+def test_each_element_parameter_and_step_is_rounded_anew_and_without_bias(slices):
     params = [torch.nn.Parameter(torch.zeros(1000).bfloat16()) for _ in range(2)]
     optimizer, rows = SplitMaster(params, 1e-6), []
     for _ in range(3):

@@ -24,8 +24,8 @@ def test_the_run_folder_holds_what_the_readme_says(workdir, script):
     common.cli(script.main, script.Args, script.RECIPES, script.__doc__, [*flags, "--name", "x"])
     folder = workdir / "runs/x"
     table, parts = lines(folder / "metrics.jsonl"), []
-    config = [field.name for field in dataclasses.fields(script.Args)]
-    assert list(json.loads((folder / "config.json").read_text())) == [*config, "script", "versions"]  # as in --help
+    config = [*(field.name for field in dataclasses.fields(script.Args)), "script", "versions", "fingerprints"]
+    assert list(json.loads((folder / "config.json").read_text())) == config  # as in --help
     for t in range(1, len(table)):
         names = ["pairs", "steps", "answers", *([] if script is sr_dpo else ["responses", "preferences"])]
         files = {"outputs.json", "policy", *(f"{name}.jsonl" for name in names)}

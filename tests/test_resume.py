@@ -226,6 +226,37 @@ def test_a_flag_of_method_sampling_or_data_that_differs_is_refused_by_name(workd
     assert stopped.value.code == 2 and f"--{flag[0]} {flag[1]}: runs/x was begun with {begun[flag[0]]}" in err
 
 
+def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(workdir, tiny, capsys):
+    """Of a killed run: prompts of the same number, more prompts, other answers, other weights under the same name."""
+    model = shutil.copytree(tiny, workdir / "model")
+    rows = [{"prompt": f"{n}{n}", "chosen": f"{n}", "rejected": "9"} for n in range(10, 60)]
+    flags = ["--model", "model", "--pairs", "p.jsonl", "--judge=", "--refine_prompt", "tiny", "--max_new_tokens", "8"]
+    common.write_jsonl(workdir / "p.jsonl", rows)
+    cli(sr_dpo, *flags, "--n_eval", "8", "--epochs", "1", "--max_prompt_tokens", "64", "--name", "x")
+    config = json.loads(Path("runs/x/config.json").read_text())
+    assert list(config["fingerprints"]) == ["--model model", "what --pairs gives"]
+    for other in ([*rows[:-1], {**rows[-1], "prompt": "99"}], [*rows, rows[0] | {"prompt": "1"}], rows[1:] + rows[:1]):
+        common.write_jsonl(workdir / "p.jsonl", other)
+        with pytest.raises(SystemExit):
+            cli(sr_dpo, "--resume", "runs/x")
+        assert "runs/x: what --pairs gives is not what the run was begun with" in capsys.readouterr().err
+    common.write_jsonl(workdir / "p.jsonl", [{**row, "rejected": "8"} for row in rows])
+    with pytest.raises(SystemExit):
+        cli(sr_dpo, "--resume", "runs/x")
+    common.write_jsonl(workdir / "p.jsonl", rows)
+    cli(sr_dpo, "--resume", "runs/x")  # as it was: goes on
+    common.save_policy(*_changed(common.load_policy(model)), model)
+    with pytest.raises(SystemExit):
+        cli(sr_dpo, "--resume", "runs/x")
+    assert "runs/x: --model model is not what the run was begun with" in capsys.readouterr().err
+
+
+def _changed(loaded):
+    policy, tokenizer = loaded
+    next(policy.parameters()).data[5] += 1
+    return policy, tokenizer
+
+
 def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatch, capsys):
     shutil.copy(sr_dpo.__file__, workdir / "mine.py")
     monkeypatch.syspath_prepend(str(workdir))

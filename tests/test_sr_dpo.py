@@ -9,7 +9,9 @@ from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import common
 import sr_dpo
-from sr_dpo import Args, digit_pairs, read_pair, refine, refinement, sr_dpo_loss, sr_ipo_loss
+from common import read_pair
+from sr_dpo import Args, digit_pairs, refine, refinement, sr_dpo_loss, sr_ipo_loss
+from test_chat import CASES, chat, turns
 
 FEW = {"limit": 64, "n_eval": 16, "epochs": 1, "batch_size": 16}
 
@@ -127,30 +129,11 @@ def test_losses_reject_nonsense():
 
 # p + x ---------------------------------------------------------------------------------------------------------------
 
-TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "mistral": "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% else %}{{ raise_exception('no system') }}{% endif %}"
-    "{% endfor %}",
-    "llama-3": "<s>{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
-    "gemma": "<s>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<turn>model\n{% endif %}",
-    "zephyr": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-    "none": None,
-}
 
-
-@pytest.mark.parametrize("family", TEMPLATES)
-def test_p_stands_in_front_of_the_last_query(family, tiny):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = TEMPLATES[family]
-    prompt = [{"role": r, "content": c} for r, c in (("user", "First?"), ("assistant", "Yes."), ("user", "Second?"))]
-    rows = [{"prompt": prompt}, {"prompt": refine(prompt, "Best: ")}]
-    plain, refined = (tokenizer.decode(row["prompt_ids"]) for row in common.encode_prompts(tokenizer, rows, 200))
+@pytest.mark.parametrize("name", CASES)
+def test_p_stands_in_front_of_the_last_query(name):
+    one, prompt = chat(name), turns("First?", "Yes.", "Second?")
+    plain, refined = (one.tokenizer.decode(one.prompt_ids(x)) for x in (prompt, refine(prompt, "Best: ")))
     assert refined == plain.replace("Second?", "Best: Second?") and refined != plain
     assert prompt[-1]["content"] == "Second?"  # the prompt itself stays
 
@@ -212,8 +195,8 @@ def test_what_is_left_out_is_counted(workdir, capsys):
 
 def test_pairs_of_one_prompt_stay_on_one_side(workdir):
     pairs = [pair_of(f"{i}", f"{j}", "9999") for i in range(100, 140) for j in range(3)]
-    rows, _ = rows_of(pairs)
-    (part,), held_out = common.split_rows(None, rows, Args(n_eval=8))
+    rows, tokenizer = rows_of(pairs)
+    (part,), held_out = common.split_rows(None, tokenizer, rows, Args(n_eval=8))
     texts = [{row["prompt"][0]["content"] for row in some} for some in (part, held_out)]
     assert len(held_out) == 8 and len(part) == 3 * (40 - len(texts[1])) and not texts[0] & texts[1]
 

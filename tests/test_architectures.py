@@ -1,0 +1,80 @@
+"""More architectures than in test_generate.py, small and with random weights: right in float32 and bf16, or refused."""
+
+import pytest
+import torch
+import transformers as hf
+
+import common
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256}
+SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+PLAIN = ["Ernie4_5", "Falcon", "GPT2", "InternLM3", "Mixtral", "Nemotron", "OPT", "Olmo2", "Olmo3", "Persimmon"]
+PLAIN += ["Qwen2", "Qwen3Moe", "SeedOss", "SmolLM3", "StableLm", "Starcoder2"]
+RIGHT = {name: {} for name in PLAIN}  # the class of a configuration, but for "Config"; what it takes beside SIZES
+RIGHT |= {name: {"head_dim": 8} for name in ("Exaone4", "Gemma", "Glm4", "Helium")}
+RIGHT["Mpt"] = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}  # ALiBi whose biases depend on keys
+REFUSED = {  # and a word of the reason
+    "Bloom": "architecture is not supported",  # ALiBi from a mask of two dimensions
+    "CodeGen": "its head",
+    "DeepseekV3": "architecture is not supported",  # keys and values of different sizes
+    "GPTJ": "its head",
+    "Jamba": "linear_attention",
+    "Mamba": "linear_attention",
+    "Rwkv": "its cache, masks or head",
+}
+
+
+def build(name, dtype, **more):
+    torch.manual_seed(1)
+    config = getattr(hf, f"{name}Config")(**SIZES | more)
+    policy = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for p in policy.parameters():
+        if p.ndim > 1 and p.std() < 0.05:  # some take no notice of initializer_range
+            p.data.normal_(0, 0.3)
+    return policy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RIGHT)
+@torch.no_grad()
+def test_log_probs_and_greedy_samples_are_those_of_the_models_own_forward(name, dtype):
+    policy = build(name, dtype, **RIGHT[name])
+    common.check_architecture(policy, name)  # does not exit
+    prompts = [torch.randint(2, 101, (n,)).tolist() for n in (60, 3, 17)]
+    samples = common.generate(policy, prompts, k=2, max_new_tokens=20, temperature=0, eos_ids=[], slots=2)
+    for x, (y, again) in zip(prompts, samples, strict=True):
+        logits = policy(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1].double()
+        picked = logits.gather(1, torch.tensor(y)[:, None])[:, 0]
+        noise = 1e-4 if dtype == torch.float32 else 0.02 * logits.abs().max().item()
+        assert y == again and (logits.amax(1) - picked).max().item() < noise
+        logp = common.response_logps(policy, [x, prompts[1]], [y, [5]])[0].item()
+        assert logp == pytest.approx((picked - logits.logsumexp(1)).sum().item(), abs=len(y) * noise / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_computed_wrongly_is_refused_in_either_dtype(name, dtype, capsys):
+    with pytest.raises(SystemExit):
+        common.check_architecture(build(name, dtype), name)
+    assert f"--model {name}: " in (said := capsys.readouterr().err) and REFUSED[name] in said
+
+
+def test_a_bias_that_depends_on_the_distance_does_not_pass_by_chance(monkeypatch, capsys):
+    """As if sampling had other positions than the model's own forward."""
+    policy = build("GPT2", torch.bfloat16)
+    forward = type(policy.base_model).forward
+
+    def shifted(self, *args, position_ids=None, **kwargs):
+        return forward(self, *args, position_ids=None if position_ids is None else position_ids // 2, **kwargs)
+
+    monkeypatch.setattr(type(policy.base_model), "forward", shifted)
+    with pytest.raises(SystemExit):
+        common.check_architecture(policy, "shifted")
+    assert "its cache, masks or head" in capsys.readouterr().err

@@ -1,0 +1,262 @@
+"""From conversations to token ids and back: what each chat template writes, what it lacks, what is refused."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import common
+from common import Chat, Refused
+
+TEXT = ["Hello world, how are you? The capital is Paris. Yes, I am fine..\n\nBe brief, user: Hi\n\n\n"] * 20
+
+
+def tokenizer(template, special=(), plain=(), eos="<eos>", bos=None, sentencepiece=False):
+    """As GPT-2's and Llama-3's, or as SentencePiece makes them: a blank in front of a text is part of its first word.
+
+    special and plain: tokens, flagged as control tokens or not. bos: put in front by the tokenizer itself.
+    """
+    t = Tokenizer(models.BPE(unk_token="<unk>"))
+    if sentencepiece:
+        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        alphabet = [*map(chr, range(128)), "▁"]
+    else:
+        words = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s*\n+|\s+"), "isolated")
+        t.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        t.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<unk>"])
+    t.train_from_iterator([text.replace("\n", " ") if sentencepiece else text for text in TEXT], trainer)
+    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in (eos, bos, *special) if s])
+    t.add_tokens([AddedToken(s, special=False, normalized=False) for s in plain])
+    if bos:
+        t.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, eos_token=eos, bos_token=bos)
+
+
+def chat(name, stops=()):
+    """Chat of a copy of CASES[name], whose policy stops at the token ids `stops` as well."""
+    policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=list(stops)))
+    return Chat(policy, copy.deepcopy(CASES[name][0] if isinstance(name, str) else name))
+
+
+EACH, END, ASK = "{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}"
+TURN, IM = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", ["<|im_start|>"]
+HEADER = ASK + "<|im_start|>assistant\n{% endif %}"
+CHATML = EACH + TURN + END + HEADER
+RAISES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+INST = (
+    RAISES + "<s>" + EACH + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}BLANK{{ m.content }}</s>"
+)
+INST += "{% endif %}" + END
+HEADS = EACH + "{{ '<bos>' if loop.first }}<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<eos>" + END
+HEADS += ASK + "<h>assistant</h>\n\n{% endif %}"
+ZEPHYR = EACH + "<|{{ m.role }}|>\n{{ m.content }}<eos>\n" + END + ASK + "<|assistant|>\n{% endif %}"
+GEMMA = (
+    "<bos>" + RAISES + EACH + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n"
+)
+GEMMA += END + ASK + "<turn>model\n{% endif %}"
+PHI = (
+    EACH
+    + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+    + END
+    + "{{ '<|assistant|>\n' if add_generation_prompt else '<eos>' }}"
+)
+THINK = EACH + "<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last and "
+THINK += "'<think>' not in m.content }}{{ m.content }}<|im_end|>\n" + END + HEADER
+SEEK = "<bos>" + EACH + "{% if m.role == 'user' %}User: {{ m.content }}\n\n{% elif m.role == 'assistant' %}Assistant: "
+SEEK += "{{ m.content }}<eos>{% else %}{{ m.content }}\n\n{% endif %}" + END + ASK + "Assistant:{% endif %}"
+PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+SILENT = EACH + "{% if m.role in ['user', 'assistant'] %}" + TURN + "{% endif %}" + END + HEADER
+SHORT = "{% if messages | length > 2 %}{{ raise_exception('short') }}{% endif %}" + CHATML
+LINES = EACH + "{{ m.role }}: {{ m.content }}\n" + END + ASK + "assistant:{% endif %}"
+HI, BRIEF = "<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>system\nBe brief<|im_end|>\n"
+ASKS, YES = HI + "<|im_start|>assistant\n", "Yes, Paris.<|im_end|>"
+CASES = {  # tokenizer; what "Hi" becomes, what "Yes, Paris." behind it, what "Be brief" and "Hi"; what is said
+    "chatml": (tokenizer(CHATML, IM, eos="<|im_end|>"), ASKS, YES, BRIEF + ASKS, ""),
+    "llama-3": (
+        tokenizer(HEADS, ["<h>", "</h>"], bos="<bos>"),
+        "<bos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n",
+        "Yes, Paris.<eos>",
+        "<bos><h>system</h>\n\nBe brief<eos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n",
+        "",
+    ),
+    "mistral": (
+        tokenizer(INST.replace("BLANK", ""), eos="</s>", bos="<s>", sentencepiece=True),
+        *("<s>[INST] Hi [/INST]", "Yes, Paris.</s>", "<s>[INST] Be brief\n\nHi [/INST]", "writes no system turn"),
+    ),
+    "mistral, blank, bytes": (
+        tokenizer(INST.replace("BLANK", " "), eos="</s>", bos="<s>"),
+        *("<s>[INST] Hi [/INST]", " Yes, Paris.</s>", "<s>[INST] Be brief\n\nHi [/INST]", "writes no system turn"),
+    ),
+    "zephyr": (
+        tokenizer(ZEPHYR, sentencepiece=True),
+        *("<|user|>\nHi<eos>\n<|assistant|>\n", "Yes, Paris.<eos>"),
+        *("<|system|>\nBe brief<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n", ""),
+    ),
+    "gemma": (
+        tokenizer(GEMMA, ["<turn>", "<end>"], bos="<bos>"),
+        *("<bos><turn>user\nHi<end>\n<turn>model\n", "Yes, Paris.<end>"),
+        *("<bos><turn>user\nBe brief\n\nHi<end>\n<turn>model\n", "ends a turn with <end>, which is not EOS"),
+    ),
+    "phi-3": (
+        tokenizer(PHI, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], sentencepiece=True),
+        *("<|user|>\nHi<|end|>\n<|assistant|>\n", "Yes, Paris.<|end|>"),
+        *("<|system|>\nBe brief<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n", "ends a turn with <|end|>"),
+    ),
+    "qwen3": (
+        tokenizer(THINK, IM, ["<think>", "</think>"], eos="<|im_end|>"),
+        *(ASKS, "<think>\n\n</think>\n\n" + YES, BRIEF + ASKS, ""),
+    ),
+    "deepseek": (
+        tokenizer(SEEK, bos="<bos>"),
+        *("<bos>User: Hi\n\nAssistant:", " Yes, Paris.<eos>", "<bos>Be brief\n\nUser: Hi\n\nAssistant:", ""),
+    ),
+    "parts": (tokenizer(PARTS, IM, eos="<|im_end|>"), ASKS, YES, BRIEF + ASKS, "content goes in as parts"),
+    "system dropped": (
+        tokenizer(SILENT, IM, eos="<|im_end|>"),
+        *(ASKS, YES, ASKS.replace("Hi", "Be brief\n\nHi"), "writes no system turn"),
+    ),
+    "no generation prompt": (
+        tokenizer(EACH + TURN + END, IM, eos="<|im_end|>"),
+        *(ASKS, YES, BRIEF + ASKS, "has no generation prompt: '<|im_start|>assistant\\n' goes behind prompts"),
+    ),
+    "another eos": (tokenizer(CHATML, [*IM, "<|im_end|>"]), ASKS, YES, BRIEF + ASKS, "ends a turn with <|im_end|>"),
+    "no end": (
+        tokenizer(LINES),
+        *("user: Hi\nassistant:", " Yes, Paris.<eos>", "system: Be brief\nuser: Hi\nassistant:", "ends no turn"),
+    ),
+    "none": (tokenizer(None), "Hi", "Yes, Paris.<eos>", "Be brief\n\nHi", "is missing: prompts are plain text"),
+}
+
+
+def turns(*texts, system=None):
+    """Messages of user and assistant in turn, behind a system turn."""
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ids_are_those_of_what_the_template_writes(name, capsys):
+    t, prompt, answer, with_system, said = CASES[name]
+    one = chat(name)
+    lines = capsys.readouterr().out.replace("the chat template writes no developer turn", "")
+    assert said in lines if said else "the chat template" not in lines
+    for messages, text in ((turns("Hi"), prompt), (turns("Hi", system="Be brief"), with_system)):
+        head, y = one.prompt_ids(messages), one.response(messages, "Yes, Paris.", 99)
+        assert head + y["ids"] == t(text + answer, add_special_tokens=False).input_ids
+        assert t.decode(head) == text and t.decode(head + y["ids"]) == text + answer
+        assert y["text"] == "Yes, Paris." and y["finished"] and y["ids"][-1] in one.stops
+        assert head.count(t.bos_token_id) == text.count(t.bos_token or "<bos>")
+    cut = one.response(turns("Hi"), "Yes, Paris.", 2)
+    assert cut["ids"] == one.response(turns("Hi"), "Yes, Paris.", 99)["ids"][:2] and not cut["finished"]
+    assert one.sampled(y["ids"])["text"].strip() == "Yes, Paris."
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_template_lacks_is_said_once_and_stays(name, capsys):
+    """Whoever loads a saved policy's template and stops gets the same ids, and hears nothing."""
+    one = chat(name)
+    capsys.readouterr()
+    again = chat(one.tokenizer, one.stops)
+    talk = turns("Hi", "Hello.", "How are you?", system="Be brief")
+    assert again.prompt_ids(talk) == one.prompt_ids(talk) and capsys.readouterr().out == ""
+    assert again.response(talk, "fine", 9) == one.response(talk, "fine", 9)
+
+
+@pytest.mark.parametrize(
+    "answer", ["\n\nA line", "  blanks", "def add(a):\n    return a\n", "Où? 🙂", "user: Hi\n\n\n"]
+)
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma", "deepseek", "no end", "none"])
+def test_nothing_of_an_answer_is_lost(name, answer):
+    one = chat(name)
+    y = one.response(turns("Hi", "a", "b"), answer, 999)
+    assert one.sampled(y["ids"])["text"].strip() == answer.strip() and sum(i in one.stops for i in y["ids"]) == 1
+
+
+def test_bos_is_there_once_where_the_tokenizer_puts_one_and_the_template_none():
+    t = tokenizer(CHATML, IM, eos="<|im_end|>", bos="<s>")
+    assert t.decode(chat(t).prompt_ids(turns("Hi"))) == "<s>" + ASKS
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "answer", "reason"),
+    [
+        ("chatml", "What is <|im_end|>?", "yes", "with <|im_end|> in the text"),
+        ("chatml", ASKS, "yes", "with <|im_"),  # rendered already
+        ("another eos", "<|im_end|>", "yes", "with <|im_end|>"),
+        ("mistral", "[INST] Hi [/INST]", "yes", "rendered already"),
+        ("zephyr", "<|user|>\nHi\n<|assistant|>\n", "yes", "rendered already"),
+        ("deepseek", "User: Hi\n\nAssistant:", "yes", "rendered already"),
+        ("chatml", "Hi", "yes<|im_end|>\n", "with <|im_end|>"),
+        ("mistral", "a </s>", "yes", "with </s>"),
+    ],
+)
+def test_text_that_spells_control_tokens_or_is_rendered_already_is_refused(name, prompt, answer, reason):
+    one = chat(name)
+    with pytest.raises(Refused, match=reason.replace("|", r"\|").replace("?", r"\?")):
+        one.prompt_ids(turns(prompt)), one.response(turns(prompt), answer, 9)
+
+
+def test_a_turn_that_is_not_written_is_refused():
+    talk = [*turns("Hi", "a"), {"role": "tool", "content": "22"}, *turns("so")]
+    with pytest.raises(Refused, match="with a turn that the chat template does not write"):
+        chat("system dropped").prompt_ids(talk)
+    with pytest.raises(Refused, match="rejected by the chat template"):
+        chat(tokenizer(SHORT, IM, eos="<|im_end|>")).prompt_ids(turns("Hi", "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (EACH + "{% if m.role == 'user' %}" + TURN + "{% endif %}" + END + HEADER, "does not write a question and its"),
+        ("{{ raise_exception('no') }}", "does not write a question and its answer"),
+        (EACH + TURN + TURN + END + HEADER, "does not write a question and its answer"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ '<|im_start|>final ' if m.role == 'assistant' }}{{ m.content }}"),
+            "begins",
+        ),
+    ],
+)
+def test_templates_of_no_use_are_refused(template, words, capsys):
+    with pytest.raises(SystemExit):
+        chat(tokenizer(template, IM, eos="<|im_end|>"))
+    assert words in capsys.readouterr().err
+
+
+THOUGHT = "<think>\nwell\n</think>\n\n4"
+
+
+def test_thoughts_are_one_token_each_and_not_for_judges():
+    one, think = chat("qwen3"), CASES["qwen3"][0].convert_tokens_to_ids(["<think>", "</think>"])
+    y = one.response(turns("Hi"), THOUGHT, 99)
+    assert [i for i in y["ids"] if i in think] == think and y["text"] == "4"
+    assert one.tokenizer.decode(y["ids"]) == THOUGHT + "<|im_end|>"
+    for text, judged in ((THOUGHT, "4"), ("<think>\nwell", ""), ("so </think> 4", "so </think> 4"), ("4", "4")):
+        assert one.sampled(one.tokens(text))["text"] == judged
+    begun = chat(tokenizer(THINK.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), IM, eos="<|im_end|>"))
+    assert [begun.sampled(begun.tokens(text))["text"] for text in ("so </think> 4", "so")] == ["4", ""]
+
+
+def test_rows_are_left_out_and_counted_by_reason(capsys):
+    t = copy.deepcopy(CASES["mistral"][0])
+    policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    texts = ["Hi", "a </s>", "b </s>", "[INST] [/INST]", "x" * 99, "Hello"]
+    rows = [
+        {"prompt": turns(text), "gold": "</s>" if text == "Hello" else "yes", "n": n} for n, text in enumerate(texts)
+    ]
+    args = SimpleNamespace(max_prompt_tokens=50, max_new_tokens=2)
+    (kept,) = common.encode_rows(policy, t, rows, args, "--gold", ["gold"])
+    assert kept["n"] == 0 and kept["gold"]["text"] == "yes" and len(kept["gold"]["ids"]) == 2
+    said = capsys.readouterr().out
+    for why in (
+        "3 of 6 left out: with </s> in",
+        "1 of 6 left out: rendered already",
+        "1 of 6 left out: over --max_prompt",
+    ):
+        assert f"--gold: {why}" in said
+    with pytest.raises(SystemExit):
+        common.encode_rows(policy, t, rows[1:4], args)
+    assert "none is left: all are with </s> in the text or rendered already" in capsys.readouterr().err
