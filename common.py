@@ -36,7 +36,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import tokenizers
@@ -45,8 +44,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:  # comes with torch's CUDA builds
@@ -336,27 +335,23 @@ def check_fit(args):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
     c, cuda = config.get_text_config(), args.device == "cuda"
     width, layers, vocab, size = c.hidden_size, c.num_hidden_layers, c.vocab_size, 2 if cuda else 4
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or width // c.num_attention_heads
     length, positions = args.max_prompt_tokens + args.max_new_tokens, getattr(c, "max_position_embeddings", 10**9)
     flags = f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens {args.max_new_tokens}"
     require(length <= positions, f"--model {args.model} has {positions} positions, too few for {flags}: lower these")
-    slot = 2 * layers * heads * head_dim * size * length + 40 * vocab  # keys, values; logits in float64, sorted
     layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
     tokens = max(args.micro_tokens, 2 * length)
     slopes = max(min(tokens * vocab * size, SLOPES[args.device]), 2 * args.max_new_tokens * vocab * size)
     weights = 4 * n  # in bf16 with the other half of the master, or in float32
-    sampling, training = weights + args.slots * slot, weights + 2 * size * n + tokens * kept + slopes
-    have = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sampling, training = weights + slot_bytes(config, length, size), weights + 2 * size * n + tokens * kept + slopes
+    have = free_memory(args.device)
     disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # a checkpoint, the next one beside it
-    numbers = weights, sampling, training, disk, have, shutil.disk_usage(".").free
-    weights, sampling, training, disk, have, free = (x / 1e9 for x in numbers)
+    numbers = sampling, training, disk, have, shutil.disk_usage(".").free
+    sampling, training, disk, have, free = (x / 1e9 for x in numbers)
     memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here"
     print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
     larger = "take a smaller --model or a larger GPU"
-    require(weights < have, f"--model {args.model}: its weights take {weights:.0f} GB of {have:.0f}; {larger}")
-    require(sampling < have, f"--model {args.model}: sampling takes {sampling:.0f} GB of {have:.0f}; lower --slots")
+    require(sampling < have, f"--model {args.model}: to sample takes {sampling:.0f} GB of {have:.0f}; {larger}")
     remedy = f"lower --micro_tokens, give --checkpointing, or {larger}"
     require(training < have, f"--model {args.model}: training takes {training:.0f} GB of {have:.0f}; {remedy}")
     require(disk < free, f"runs/ takes {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
@@ -1089,14 +1084,19 @@ def load_policy(name, device="cpu", checkpointing=False):
 def check_architecture(policy, name):
     """Exit unless generate and response_logps give this model's own numbers, found by trying two prompts."""
     config = policy.config.get_text_config()
-    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []  # GPT-Neo's name
-    known = set(types) <= {"full_attention", "sliding_attention"}
-    require(known, f"--model {name}: not supported: only full and sliding attention are, not {sorted(set(types))}")
+    types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])  # GPT-Neo's
+    known = types <= {"full_attention", "sliding_attention"} and policy._can_set_attn_implementation()
+    wanted = "only full and sliding attention through transformers' AttentionInterface"
+    require(known, f"--model {name}: not supported: {wanted}, not {sorted(types) or 'its own'}")
     plain = getattr(policy.get_output_embeddings(), "bias", None) is None and policy.base_model is not policy
     require(plain, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
-    n = min(40, (getattr(config, "max_position_embeddings", None) or 44) - 4)
-    prompts, right = [[i % config.vocab_size for i in range(n)], [3, 2, 1]], True
+    n = min(130, (getattr(config, "max_position_embeddings", None) or 134) - 4)  # more than two blocks of keys
+    prompts, right = [random.Random(0).choices(range(config.vocab_size), k=n), [3, 2, 1]], True
     noise = 0.02 if policy.dtype == torch.bfloat16 else 0.001
+    windowed = [x for x in (config, *policy.modules()) if isinstance(getattr(x, "sliding_window", None), int)]
+    windows = [x.sliding_window for x in windowed]
+    for x in windowed:
+        x.sliding_window = min(16, x.sliding_window)  # so that the prompt is longer than it
     try:
         sampled = generate(policy, prompts, k=1, max_new_tokens=4, temperature=0, eos_ids=[], slots=2)
         for x, (y,) in zip(prompts, sampled, strict=True):
@@ -1107,6 +1107,9 @@ def check_architecture(policy, name):
             right &= abs((response_logps(policy, [x], [y]) - logp).item()) < tolerance
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         require(False, f"--model {name}: its architecture is not supported ({error})"[:400])
+    finally:
+        for x, window in zip(windowed, windows, strict=True):
+            x.sliding_window = window
     require(right, f"--model {name}: its cache, masks or head are not those of a plain decoder: not supported")
 
 
@@ -1244,59 +1247,101 @@ def make_tiny(folder=CACHE / "tiny", steps=300):
 # 6. Generation --------------------------------------------------------------------------------------------------------
 
 SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens that are decoded before the host looks which responses have ended
-KV_BUCKET = {"cpu": 1, "cuda": 128}  # the keys that a step attends to are rounded up to this, as each number is a graph
+PREFILL = 2**13  # tokens, with padding, of the prompts that are prefilled together
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (S, heads, capacity, head_dim): each row is a sequence at its own position.
+@jit
+def attention_kernel(
+    query, keys, values, out, pos, scale, softcap, window, row_stride, head_stride, key_stride, SOFTCAP: constexpr,
+    GROUP: constexpr, DIM: constexpr, ROWS: constexpr, COLUMNS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """attend_torch of one row and one key-value head per program: BLOCK keys at a time, with a running softmax.
 
-    at: what all layers share: rows (S,), pos (S,), where each row writes its next token, and view, as the layers see
-    the keys [0, view).
+    The head's GROUP queries of DIM numbers are a tile of ROWS x COLUMNS: powers of two, and at least 16 for tl.dot.
     """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    end = tl.load(pos + row) + 1  # the row sees the keys [first, end)
+    first = tl.maximum(end - window, 0)
+    g, d = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    at, inside = ((row * tl.num_programs(1) + head) * GROUP + g) * DIM + d, (g < GROUP) & (d < DIM)
+    q = tl.load(query + at, mask=inside, other=0.0)
+    peak, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first // BLOCK * BLOCK, end, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        seen = (key >= first) & (key < end)
+        where = row * row_stride + head * head_stride + key[:, None] * key_stride + d
+        k = tl.load(keys + where, mask=seen[:, None] & (d < DIM), other=0.0)
+        v = tl.load(values + where, mask=seen[:, None] & (d < DIM), other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if SOFTCAP:
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)  # tanh
+        score = tl.where(seen[None, :], score, -float("inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(peak - higher)
+        mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        total, peak = total * shrink + tl.sum(weight, 1), higher
+    tl.store(out + at, (mean / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
-    is_sliding = False  # windows are in the masks
 
-    def __init__(self, at, like):
+def attend_triton(query, keys, values, pos, scale, softcap, window):
+    """attend_torch in one kernel, which reads of each row only what it sees."""
+    query, (group, dim) = query.contiguous(), query.shape[2:]
+    out, columns = torch.empty_like(query), max(16, triton.next_power_of_2(dim))
+    attention_kernel[query.shape[:2]](
+        query, keys, values, out, pos, scale, softcap, window, *keys.stride()[:3], SOFTCAP=softcap > 0,
+        GROUP=group, DIM=dim, ROWS=max(16, triton.next_power_of_2(group)), COLUMNS=columns,
+        BLOCK=max(16, min(64, 2**14 // (columns * query.itemsize))), enable_fp_fusion=True,  # tiles of 16 KB
+    )  # fmt: skip
+    return out
+
+
+def attend_torch(query, keys, values, pos, scale, softcap, window):
+    """Each row's queries (S, kv heads, group, D) over the last `window` of its keys [0, pos]; pos (S, 1, 1, 1)."""
+    last, wide = int(pos.max()) + 1, torch.promote_types(query.dtype, torch.float32)
+    key, keys = torch.arange(last, device=pos.device), keys[:, :, :last].to(wide)  # (S, kv heads, T, D)
+    scores = (query.to(wide) * scale) @ keys.mT
+    scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+    scores.masked_fill_((key > pos) | (key <= pos - window), -float("inf"))
+    return (scores.softmax(-1) @ values[:, :, :last].to(wide)).to(query.dtype)
+
+
+def decode_attention(module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **more):
+    """Attention of one new token per row, as transformers calls it: query (S, heads, 1, D) -> (S, 1, heads, D).
+
+    key, value (S, kv heads, capacity, D). mask: the rows' positions (S, 1, 1, 1), as transformers hands on what is 4-D.
+    """
+    if any(more.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise ValueError("attention with sinks or biases")
+    (rows, heads, _, dim), kv_heads, capacity = query.shape, *key.shape[1:3]
+    attend = attend_triton if triton and query.is_cuda else attend_torch
+    query, scale = query.reshape(rows, kv_heads, heads // kv_heads, dim), scaling or dim**-0.5
+    out = attend(query, key, value, mask, scale, softcap or 0.0, sliding_window or capacity)
+    return out.reshape(rows, 1, heads, dim), None
+
+
+AttentionInterface.register("decode", decode_attention)
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer, (S, kv heads, capacity, D): each row is a sequence that writes at its pos (S,)."""
+
+    def __init__(self, like, pos, capacity):
         super().__init__()
-        self.at, self.is_initialized = at, True
-        shape = len(at.rows), like.keys.shape[1], at.capacity, like.keys.shape[3]
-        self.keys, self.values = like.keys.new_zeros(shape), like.values.new_zeros(shape)
+        self.pos, self.is_initialized = pos, True
+        self.keys = like.keys.new_zeros(len(pos), like.keys.shape[1], capacity, like.keys.shape[3])
+        self.values = torch.zeros_like(self.keys)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[self.at.rows, :, self.at.pos] = key_states[:, :, 0]  # (S, heads, head_dim)
-        self.values[self.at.rows, :, self.at.pos] = value_states[:, :, 0]
-        return self.keys[:, :, : self.at.view], self.values[:, :, : self.at.view]
+        at = self.pos[:, None, None, None].expand_as(key_states)  # (S, kv heads, 1, D)
+        self.keys.scatter_(2, at, key_states)
+        self.values.scatter_(2, at, value_states)
+        return self.keys, self.values
 
     def fork(self, rows, prefilled, sources):
         """Row rows[i] gets a copy of the keys and values of prompt sources[i]."""
         self.keys[rows, :, : prefilled.keys.shape[2]] = prefilled.keys[sources]
         self.values[rows, :, : prefilled.keys.shape[2]] = prefilled.values[sources]
-
-    def lazy_initialization(self, key_states, value_states):
-        pass
-
-    def get_mask_sizes(self, query_length):
-        return self.at.view, 0
-
-    def get_seq_length(self):
-        return self.at.view - 1
-
-    def get_max_length(self):
-        return self.at.capacity
-
-
-def attention_masks(policy, pos, view):
-    """The 4-D mask (S, 1, 1, view) of one token per row at `pos` (S,), or a dict of two by layer type."""
-    config = policy.config.get_text_config()
-    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    key, pos = torch.arange(view, device=pos.device), pos[:, None]
-    window = getattr(config, "sliding_window", None) or view + 1
-    masks = {"full_attention": key <= pos, "sliding_attention": (key <= pos) & (key > pos - window)}
-    masks = {name: mask[:, None, None] for name, mask in masks.items() if name in types}
-    if config._attn_implementation == "eager":  # adds the mask to the scores
-        low = torch.finfo(policy.dtype).min
-        masks = {name: torch.zeros_like(m, dtype=policy.dtype).masked_fill(~m, low) for name, m in masks.items()}
-    return masks if len(types) > 1 else masks[types.pop()]
 
 
 def sample_tokens(logits, uniform, temperature, top_p):
@@ -1319,111 +1364,132 @@ def uniforms(seed, prompt, sample, n):
     return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True)))
 
 
+def slot_bytes(config, length, size):
+    """What a slot of `length` tokens takes: keys and values of `size` bytes a number, 64 a word to draw one."""
+    c = config.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * heads * head_dim * size * length + 64 * c.vocab_size
+
+
+def free_memory(device):
+    """Bytes that are free on the GPU, or that the machine has."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def capture(step, device):
+    """`step`, which is run once; on a CUDA GPU as a graph of its kernels: one launch instead of hundreds."""
+    if device.type != "cuda":
+        return step
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what comes with a first call, like compilation, is no part of a graph
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(
-    policy, prompts, *, k, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, seed=0, slots=64, progress=None
+    policy, prompts, *, k, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, seed=0, slots=256, progress=None
 ):
     """Sample k responses to each prompt, a list of token ids: list[list[token ids]], EOS included, in prompts' order.
 
-    Every prompt is prefilled once and its keys and values copied to its k samples. `slots` rows decode together; a row
-    whose response ends takes the next sample at once. A sample depends on (seed, prompt, sample index) alone, up to the
-    rounding of a matmul, not on `slots` or on its batch mates. temperature 0 is greedy.
+    Every prompt is prefilled once and its keys and values copied to its k samples. At most `slots` rows decode
+    together, fewer where memory is short; a row whose response ends takes the next sample at once. A sample depends on
+    (seed, prompt, sample index) alone, up to the rounding of a matmul, not on `slots` or on its batch mates.
+    temperature 0 is greedy.
     """
     assert prompts and all(map(len, prompts)) and k > 0 and max_new_tokens > 0 and slots > 0 and 0 < top_p <= 1
-    device, slots = policy.device, min(slots, len(prompts) * k)
-    sync_every, bucket = SYNC_EVERY[device.type], KV_BUCKET[device.type]
+    device, config, capacity = policy.device, policy.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
+    fit = 0.7 * free_memory(device.type) / slot_bytes(config, capacity, policy.dtype.itemsize)
+    slots = max(1, min(slots, int(fit), len(prompts) * k))
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     out = [[None] * k for _ in prompts]
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # prompts to prefill, the shortest last
     prefilled, waiting = None, []  # a few prompts' keys and values; their samples (i, j, which of the few) without row
-    owner, cache, graphs = {}, None, {}  # row -> (i, j), the prompt and the sample that are in it
+    idle, owner, step = list(range(slots)), {}, None  # rows without a sample; row -> its sample (i, j)
     # What decoding changes stays on the device. Column 0 is the prompt's last token; the last column takes what a row
     # writes after its end.
     tokens = torch.zeros(slots, max_new_tokens + 2, dtype=torch.long, device=device)
     noise = torch.zeros(slots, max_new_tokens + 1, device=device)  # the random numbers of the row's sample
     count = torch.zeros(slots, dtype=torch.long, device=device)  # tokens that the row has so far
-    live = torch.zeros(slots, dtype=torch.bool, device=device)  # whether the row's response goes on
-    longest = max(map(len, prompts)) + max_new_tokens + sync_every
-    at = SimpleNamespace(rows=torch.arange(slots, device=device), pos=torch.zeros_like(count), view=1)
-    at.capacity = -(-longest // bucket) * bucket  # rounded up
+    pos = torch.zeros_like(count)  # where the row's next token goes
+    live = torch.zeros_like(count, dtype=torch.bool)  # whether the row's response goes on
 
     def decode():
         """One token for every row; what one that is not live gets is not counted."""
-        hidden = policy.base_model(
-            input_ids=tokens.gather(1, count[:, None]),
-            position_ids=at.pos[:, None],
-            attention_mask=attention_masks(policy, at.pos, at.view),
-            cache=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        own, config._attn_implementation = config._attn_implementation, "decode"
+        try:
+            hidden = policy.base_model(
+                input_ids=tokens.gather(1, count[:, None]),
+                position_ids=pos[:, None],
+                attention_mask=pos[:, None, None, None],
+                cache=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+        finally:
+            config._attn_implementation = own
         uniform = noise.gather(1, count[:, None])[:, 0]
         token = sample_tokens(head_logits(hidden, **head(policy)), uniform, temperature, top_p)
         tokens.scatter_(1, count[:, None] + 1, token[:, None])
-        at.pos.add_(live)
+        pos.add_(live)
         count.add_(live)
         live.logical_and_((token[:, None] != eos).all(1) & (count < max_new_tokens))
 
     while todo or waiting or owner:
-        idle = [row for row in range(slots) if row not in owner]
-        # 1. Prefill enough prompts for all rows, once no earlier one waits.
-        if todo and idle and not waiting:
-            group = [todo.pop() for _ in range(min(len(todo), max(1, slots // k)))]
-            ids = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
-            prefilled = DynamicCache()
-            policy.base_model(input_ids=ids, cache=prefilled, use_cache=True)  # right padding, no mask: causal
-            waiting = [(i, j, n) for n, i in enumerate(group) for j in range(k)]
-            cache = cache or Cache(layers=[SlotLayer(at, layer) for layer in prefilled.layers])
-        # 2. Idle rows take samples that wait, each with a copy of its prompt's keys and values. The first step decodes
-        # the prompt's last token once more.
-        rows, taken, waiting = idle[: len(waiting)], waiting[: len(idle)], waiting[len(idle) :]
-        if taken:
+        while idle and (todo or waiting):
+            # 1. Prefill a few prompts, once no earlier one waits.
+            if not waiting:
+                group = [todo.pop()]
+                while todo and (len(group) + 1) * len(prompts[todo[-1]]) <= PREFILL and len(group) * k < slots:
+                    group.append(todo.pop())
+                ids = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
+                prefilled = DynamicCache()
+                policy.base_model(input_ids=ids, cache=prefilled, use_cache=True)  # right padding, no mask: causal
+                waiting = [(i, j, n) for n, i in enumerate(group) for j in range(k)]
+            if not step:
+                cache = Cache(layers=[SlotLayer(layer, pos, capacity) for layer in prefilled.layers])
+                step = capture(decode, device)
+            # 2. Idle rows take samples that wait, each with a copy of its prompt's keys and values. The first step
+            # decodes the prompt's last token once more.
+            taken, waiting = waiting[: len(idle)], waiting[len(idle) :]
+            rows, idle = idle[: len(taken)], idle[len(taken) :]
             for mine, theirs in zip(cache.layers, prefilled.layers, strict=True):
                 mine.fork(rows, theirs, [n for _, _, n in taken])
             owner |= {row: (i, j) for row, (i, j, _) in zip(rows, taken, strict=True)}
-            at.pos[rows] = torch.tensor([len(prompts[i]) - 1 for i, _, _ in taken], device=device)
+            pos[rows] = torch.tensor([len(prompts[i]) - 1 for i, _, _ in taken], device=device)
             tokens[rows, 0] = torch.tensor([prompts[i][-1] for i, _, _ in taken], device=device)
             numbers = [uniforms(seed, prompts[i], j, max_new_tokens + 1) for i, j, _ in taken]
             noise[rows], count[rows], live[rows] = torch.stack(numbers).to(device), 0, True
         # 3. Decode, and look at the rows only now and then: a look waits for the device.
-        at.view = -(-(int(at.pos.max()) + sync_every) // bucket) * bucket
-        for _ in range(sync_every):
-            run_graph(decode, graphs, at.view, device)
+        for _ in range(SYNC_EVERY[device.type]):
+            step()
         # 4. A row whose response ended hands it over and is idle.
-        ended = [row for row, goes_on in enumerate(live.tolist()) if row in owner and not goes_on]
+        goes_on = live.tolist()
+        ended = [row for row in owner if not goes_on[row]]
         for row, ids, n in zip(ended, tokens[ended].tolist(), count[ended].tolist(), strict=True):
             i, j = owner.pop(row)
             out[i][j] = ids[1 : n + 1]
-        at.pos[ended], count[ended] = 0, 0
+        pos[ended], count[ended] = 0, 0
+        idle += ended
         if progress:
             progress.update(len(ended))
     return out
-
-
-def run_graph(step, graphs, key, device):
-    """Call step(), on a CUDA GPU as a graph of its kernels, recorded once per key: one launch instead of hundreds."""
-    if device.type != "cuda":
-        step()
-    elif key in graphs:
-        graphs[key].replay()
-    else:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # the first call of a key runs as it is, off the default stream
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs[key] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[key], pool=graphs.setdefault("pool", torch.cuda.graph_pool_handle())):  # recorded
-            step()
 
 
 def sample(policy, tokenizer, rows, k, seed, args):
     """`rows` with "responses": k answers of the policy to each, under the sampling flags."""
     chat, prompts = Chat(policy, tokenizer), [row["prompt_ids"] for row in rows]
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    longest = max(args.max_prompt_tokens, *map(len, prompts)) + args.max_new_tokens  # longer: of --eval_prompts
-    slots = max(1, args.slots * (args.max_prompt_tokens + args.max_new_tokens) // longest)
     with tqdm(total=k * len(rows), desc="sampling", unit="response", leave=False, disable=None) as bar:
-        sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, seed=seed, slots=slots, progress=bar, **settings)
+        settings |= {"slots": args.slots, "seed": seed, "progress": bar}
+        sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, **settings)
     return [{**row, "responses": [chat.sampled(y) for y in ys]} for row, ys in zip(rows, sampled, strict=True)]
 
 

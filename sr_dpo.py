@@ -97,7 +97,7 @@ class Args:
     batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
     # memory and run
-    slots: int = HfArg(default=256, help="Responses decoded together: memory against speed.")
+    slots: int = HfArg(default=256, help="At most so many responses are decoded together; fewer if memory is short.")
     micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward and backward: memory against speed.")
     checkpointing: bool = HfArg(default=False, help="Recompute layers in backward: memory against speed.")
     checkpoint_minutes: float = HfArg(default=30.0, help="Minutes between two checkpoints of training.")
@@ -121,7 +121,6 @@ PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1
     "max_prompt_tokens": 512,
     "refine_prompt": "usefulness",
     "max_new_tokens": 512,
-    "slots": 64,
     "checkpointing": True,
     "learning_rate": 5e-7,
     "epochs": 1,
@@ -322,6 +321,7 @@ def main(args):
             log("train", row)
             checkpoint.save(steps)
         checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
+        del optimizer, scheduler, checkpoint  # whose memory is for sampling
 
         metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args) | measure(policy, scored, args)
         late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # what training ended at

@@ -13,6 +13,7 @@ turns in one process. Speed is in useful tokens, those up to the end of a respon
 median of the rounds' ratios. Targets: 3 x `generate` at spread lengths (on CUDA 5 x) and 1.3 x at equal lengths.
 """
 
+import inspect
 import logging
 import random
 import time
@@ -54,8 +55,9 @@ def hf_generate(policy, prompts, longest, eos_ids, lengths):
 
 def hf_generate_batch(policy, prompts, longest, eos_ids, lengths):
     most = max(map(len, prompts))
+    pages = {"page_size": PAGE} if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else {}
     config = ContinuousBatchingConfig(
-        page_size=PAGE,
+        **pages,
         num_blocks=GROUP * K * (2 + (most + longest) // PAGE),
         max_batch_tokens=GROUP * (K + most),
         max_requests_per_batch=GROUP * K,

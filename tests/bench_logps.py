@@ -50,6 +50,8 @@ CONTESTANTS = {
     "Liger, from its GRPO loss": liger_grpo,
     "TRL, fused head": trl_fused,
 }
+if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # before torch 2.13
+    del CONTESTANTS["torch linear_cross_entropy, chunked"]
 
 
 def inputs(n, d, v, args):

@@ -3,7 +3,9 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for a network
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
+if "ON_CUDA" not in os.environ:  # set by test_cuda.py for itself; all other tests are of the CPU, also beside a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -15,20 +15,26 @@ SIZES = {
 }
 SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256}
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-PLAIN = ["Ernie4_5", "Falcon", "GPT2", "InternLM3", "Mixtral", "Nemotron", "OPT", "Olmo2", "Olmo3", "Persimmon"]
+PLAIN = ["Ernie4_5", "GPT2", "InternLM3", "Mixtral", "Nemotron", "OPT", "Olmo2", "Olmo3", "Persimmon"]
 PLAIN += ["Qwen2", "Qwen3Moe", "SeedOss", "SmolLM3", "StableLm", "Starcoder2"]
 RIGHT = {name: {} for name in PLAIN}  # the class of a configuration, but for "Config"; what it takes beside SIZES
+RIGHT["Qwen2Moe"] = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 0}
 RIGHT |= {name: {"head_dim": 8} for name in ("Exaone4", "Gemma", "Glm4", "Helium")}
-RIGHT["Mpt"] = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}  # ALiBi whose biases depend on keys
 REFUSED = {  # and a word of the reason
-    "Bloom": "architecture is not supported",  # ALiBi from a mask of two dimensions
+    "Mpt": "AttentionInterface",  # ALiBi
+    "GptOss": "sinks",
+    "Bloom": "AttentionInterface",  # ALiBi
     "CodeGen": "its head",
     "DeepseekV3": "architecture is not supported",  # keys and values of different sizes
     "GPTJ": "its head",
     "Jamba": "linear_attention",
     "Mamba": "linear_attention",
-    "Rwkv": "its cache, masks or head",
+    "Rwkv": "AttentionInterface",
+    "Falcon": "AttentionInterface",
 }
+
+
+MORE = {"Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, "GptOss": {"head_dim": 8}}
 
 
 def build(name, dtype, **more):
@@ -45,6 +51,8 @@ def build(name, dtype, **more):
 @pytest.mark.parametrize("name", RIGHT)
 @torch.no_grad()
 def test_log_probs_and_greedy_samples_are_those_of_the_models_own_forward(name, dtype):
+    if name in ("Mixtral", "Qwen2Moe", "Qwen3Moe") and dtype == torch.bfloat16:
+        pytest.skip("where two experts are nearly as good, rounding decides which one is asked")
     policy = build(name, dtype, **RIGHT[name])
     common.check_architecture(policy, name)  # does not exit
     prompts = [torch.randint(2, 101, (n,)).tolist() for n in (60, 3, 17)]
@@ -62,7 +70,7 @@ def test_log_probs_and_greedy_samples_are_those_of_the_models_own_forward(name, 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_computed_wrongly_is_refused_in_either_dtype(name, dtype, capsys):
     with pytest.raises(SystemExit):
-        common.check_architecture(build(name, dtype), name)
+        common.check_architecture(build(name, dtype, **MORE.get(name, {})), name)
     assert f"--model {name}: " in (said := capsys.readouterr().err) and REFUSED[name] in said
 
 

@@ -8,16 +8,18 @@ import weakref
 import pytest
 import torch
 import transformers as hf
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import common
 from common import check_architecture, generate, head, head_logits, sample_tokens, uniforms
 
+HAS_TRITON = pytest.mark.skipif(not common.triton, reason="triton is for Linux only")
 V = 67
 EOS = list(range(0, V, 17))  # four ids, so that some responses end and some are cut
 MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 SIZES = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+    "num_key_value_heads": 2, "max_position_embeddings": 160, "pad_token_id": 0, "bos_token_id": None,
     "eos_token_id": None, "initializer_range": 0.3,  # far from uniform: a wrong mask or position changes the samples
 }  # fmt: skip
 HEADS_OF_8 = {"head_dim": 8, "query_pre_attn_scalar": 8}
@@ -91,16 +93,16 @@ def generate_plain(policy, prompts, *, k, max_new_tokens, temperature=1.0, top_p
 # The same samples by three ways ---------------------------------------------------------------------------------------
 
 
-def test_samples_equal_those_without_a_cache_for_any_slots_looks_and_buckets(policy, monkeypatch):
+def test_samples_equal_those_without_a_cache_for_any_slots_looks_and_prefills(policy, monkeypatch):
     """On a GPU a row that has ended decodes on until the next look, over keys rounded up to a bucket."""
     settings, before = {"k": 3, "max_new_tokens": 20, "eos_ids": EOS, "seed": 1}, torch.get_rng_state()
     right = generate_plain(policy, PROMPTS, **settings)
     assert {y[-1] in EOS for row in right for y in row} == {True, False}
     assert all(generate(policy, PROMPTS, **settings, slots=slots) == right for slots in (1, 4, 64))
-    for looks, bucket in ((8, 128), (3, 16), (50, 1)):
+    for looks, prefill in ((8, 1), (3, 16), (50, 64)):
         monkeypatch.setattr(common, "SYNC_EVERY", {"cpu": looks})
-        monkeypatch.setattr(common, "KV_BUCKET", {"cpu": bucket})
-        assert generate(policy, PROMPTS, **settings, slots=4) == right, (looks, bucket)
+        monkeypatch.setattr(common, "PREFILL", prefill)
+        assert generate(policy, PROMPTS, **settings, slots=4) == right, (looks, prefill)
     assert torch.equal(torch.get_rng_state(), before), "the global random numbers are left alone"
 
 
@@ -122,6 +124,94 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(family, capsy
     assert stopped.value.code == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"--model {family}" in line and "not supported" in line
+
+
+# The kernel -----------------------------------------------------------------------------------------------------------
+
+MORE = {  # heads that are no power of two, one for all queries, three queries to a key; a window of two blocks
+    "llama-heads-of-20": (hf.LlamaConfig, {"head_dim": 20}),
+    "llama-heads-of-80": (hf.LlamaConfig, {"head_dim": 80, "num_key_value_heads": 1}),
+    "mistral-window-70": (hf.MistralConfig, {"sliding_window": 70, "hidden_size": 96, "num_attention_heads": 6}),
+}
+
+
+@HAS_TRITON
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_samples_through_the_kernel_equal_those_without_a_cache(family, monkeypatch):
+    policy = build(*(FAMILIES | MORE)[family])
+    settings, prompts = {"k": 2, "max_new_tokens": 3, "eos_ids": EOS, "seed": 1}, [PROMPTS[1], PROMPTS[3]]
+    if "window-70" in family:
+        prompts = [random.Random(0).choices(range(V), k=n) for n in (130, 66)]
+    right = generate_plain(policy, prompts, **settings)
+    monkeypatch.setattr(common, "attend_torch", common.attend_triton)  # through Triton's interpreter
+    assert generate(policy, prompts, **settings, slots=3) == right
+
+
+@HAS_TRITON
+@pytest.mark.parametrize("dim", [8, 20, 64, 80, 128, 256])
+def test_the_kernel_and_its_twin_equal_attention_in_float64(dim):
+    generator = torch.Generator().manual_seed(dim)
+    pos = torch.tensor([0, 63, 64, 129, 17])[:, None, None, None]
+    query, keys, values = (torch.randn(5, 2, n, dim, generator=generator) for n in (3, 140, 140))
+    for row, n in enumerate(pos.flatten().tolist()):  # what a row does not see may be anything
+        keys[row, :, n + 1 :], values[row, :, n + 1 :] = 1e4, 1e4
+    for window, softcap in ((1, 0.0), (6, 2.0), (64, 0.0), (70, 2.0), (140, 0.0)):
+        right = torch.zeros(5, 2, 3, dim, dtype=torch.float64)
+        for row, n in enumerate(pos.flatten().tolist()):
+            seen = slice(max(0, n + 1 - window), n + 1)
+            scores = torch.einsum("hgd,hkd->hgk", query[row].double(), keys[row, :, seen].double()) * 0.2
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            right[row] = torch.einsum("hgk,hkd->hgd", scores.softmax(-1), values[row, :, seen].double())
+        for attend in (common.attend_triton, common.attend_torch):
+            found = attend(query, keys, values, pos, 0.2, softcap, window)
+            assert (found - right).norm() < 2e-6 * right.norm(), (attend, window, softcap)
+
+
+def test_a_step_recorded_once_serves_a_whole_call(policy, monkeypatch):
+    """As a CUDA graph does: Python runs once, and its operations are replayed on the same tensors ever after.
+
+    make_fx raises where a step reads a number from a tensor, which on CUDA would wait for the device.
+    """
+
+    def attend(query, keys, values, pos, scale, softcap, window):  # attend_torch over the whole capacity
+        key, scores = torch.arange(keys.shape[2]), (query * scale) @ keys.mT
+        scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+        return scores.masked_fill((key > pos) | (key <= pos - window), -float("inf")).softmax(-1) @ values
+
+    def capture(step, device):
+        step()
+        recorded.append(make_fx(lambda: step())())
+        return recorded[-1]
+
+    settings, recorded = {"k": 2, "max_new_tokens": 5, "eos_ids": EOS, "seed": 1}, []
+    right = generate_plain(policy, PROMPTS, **settings)
+    monkeypatch.setattr(common, "capture", capture)
+    monkeypatch.setattr(common, "attend_torch", attend)
+    monkeypatch.setattr(common, "SYNC_EVERY", {"cpu": 8})
+    assert [generate(policy, PROMPTS, **settings, slots=slots) for slots in (3, 64)] == [right, right]
+    assert len(recorded) == 2, "one graph a call"
+
+
+def test_prompts_are_prefilled_within_a_budget_and_for_rows_that_are_there(mistral, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(common, "PREFILL", 24)
+    hook = mistral.base_model.register_forward_pre_hook(
+        lambda _, args, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    settings = {"k": 2, "max_new_tokens": 5, "eos_ids": EOS}
+    sampled = generate(mistral, PROMPTS, **settings, slots=8)
+    hook.remove()
+    prefills = [tuple(size) for size in sizes if size[1] > 1]
+    assert all(b * t <= 24 and b <= 4 for b, t in prefills) and 1 < len(prefills) < len(PROMPTS)
+    assert sampled == generate_plain(mistral, PROMPTS, **settings)
+
+
+def test_the_policy_has_its_own_attention_back_also_after_an_error(mistral, monkeypatch):
+    own = mistral.config._attn_implementation
+    monkeypatch.setattr(common, "attend_torch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(mistral, PROMPTS, k=1, max_new_tokens=2, eos_ids=EOS)
+    assert mistral.config._attn_implementation == own == "sdpa"
 
 
 # Independence ---------------------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ for kernel, types, constants, options in {kernels}:
     types = types | dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(fn=getattr(common, kernel), signature=types, constexprs=constants)
     for compute_capability in (80, 90):
-        assert triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options).asm["cubin"]
+        kernel = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
+        assert kernel.asm["cubin"] and kernel.metadata.shared < 100_000
 """
 
 
@@ -152,6 +153,13 @@ def test_the_triton_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     types = {"logits": "*fp32", "targets": "*i64", "logps": "*fp32", "slopes": "*bf16", "V": "i32", "softcap": "fp32"}
     constants = [{"SOFTCAP": on, "SLOPES": on, "BLOCK": 4096} for on in (True, False)]
     kernels = [("row_kernel", types, some, {"num_warps": 16}) for some in constants]
+    strides = dict.fromkeys(("row_stride", "head_stride", "key_stride", "window"), "i32")
+    for dtype, dim in ((dtype, dim) for dtype in ("*bf16", "*fp32") for dim in (80, 256)):
+        types = dict.fromkeys(("query", "keys", "values", "out"), dtype) | {"pos": "*i64"} | strides
+        block = max(16, min(64, 2**14 // (max(128, dim) * (2 if dtype == "*bf16" else 4))))
+        some = {"SOFTCAP": dim == 256, "GROUP": 4, "DIM": dim, "ROWS": 16, "COLUMNS": 128 if dim == 80 else dim}
+        types |= {"scale": "fp32", "softcap": "fp32"}
+        kernels.append(("attention_kernel", types, some | {"BLOCK": block}, {}))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(Path(common.__file__).parent), "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", COMPILE.format(kernels=kernels)], env=env, check=True)

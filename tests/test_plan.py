@@ -39,8 +39,7 @@ def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("gigabytes", "disk", "flags", "words"),
     [
-        (24, 1000, {}, "weights take 29 GB of 24; take a smaller --model"),
-        (40, 1000, {}, "sampling takes 42 GB of 40; lower --slots"),
+        (24, 1000, {}, "to sample takes 29 GB of 24; take a smaller --model"),
         (50, 1000, {}, "training takes 67 GB of 50; lower --micro_tokens"),
         (80, 1000, {"checkpointing": False}, "give --checkpointing"),
         (80, 100, {}, "GB of disk, 100 are free"),
@@ -57,14 +56,29 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
     assert stopped.value.code == 2 and said.count("\n") == 1 and words in said
 
 
-def test_slots_micro_tokens_and_checkpointing_trade_memory(seven_b, monkeypatch, capsys):
+def test_micro_tokens_and_checkpointing_trade_memory(seven_b, monkeypatch, capsys):
     on(monkeypatch, 10**6)
     found = []
-    for flags in ({}, {"slots": 8}, {"micro_tokens": 4096}, {"checkpointing": False}):
+    for flags in ({}, {"micro_tokens": 4096}, {"checkpointing": False}):
         common.check_fit(sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", **flags}))
-        found.append([float(word) for word in capsys.readouterr().out.replace(",", "").split() if "." in word][:2])
-    (sampling, training), fewer, shorter, kept = found
-    assert fewer[0] < sampling and fewer[1] == training and shorter[1] < training < kept[1]
+        found.append(float(capsys.readouterr().out.split(" to train")[0].split()[-1]))
+    assert found[1] < found[0] < found[2]
+
+
+def test_slots_are_as_many_as_memory_holds(seven_b, monkeypatch):
+    """A Mistral of 7B keeps 128 KiB a token: 2 x 32 layers x 8 heads x 128 numbers of two bytes."""
+    config, size = common.load_config(seven_b)[0], 1024 * 128 * 1024 + 64 * 32000
+    assert common.slot_bytes(config, 1024, 2) == size
+    from test_logps import PROMPTS, llama
+
+    policy, seen = llama(), []
+    monkeypatch.setattr(common, "SlotLayer", lambda like, pos, capacity: seen.append(len(pos)) or 1 / 0)
+    one = common.slot_bytes(policy.config, max(map(len, PROMPTS)) + 4, 4)
+    for memory, slots in ((100.0 * one, 7), (10.01 * one, 7), (2.0 * one, 1), (0.0, 1)):
+        monkeypatch.setattr(common, "free_memory", lambda device, memory=memory: memory)
+        with pytest.raises(ZeroDivisionError):
+            common.generate(policy, PROMPTS, k=9, max_new_tokens=4, eos_ids=[], slots=7)
+        assert seen.pop() == slots
 
 
 def test_checkpointing_recomputes_and_changes_nothing():

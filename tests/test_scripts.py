@@ -4,6 +4,9 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -14,7 +17,7 @@ import sppo
 import sr_dpo
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-NAMES = {"sppo": 17, "dno": 19, "sr_dpo": 23}  # at most so many from common
+NAMES = {"sppo": 17, "dno": 18, "sr_dpo": 18}  # at most so many from common
 
 # Flags that say otherwise in another script, as they are about pairs there, or of another method.
 OTHER_WORDS = {"judge", "limit", "n_eval", "max_prompt_tokens", "eta", "batch_size"}
@@ -76,3 +79,14 @@ def test_the_parts_of_a_script_come_in_the_same_order():
         text = (ROOT / f"{script}.py").read_text()
         places = [text.index(part) for part in parts]
         assert places == sorted(places) and text.endswith(parts[-1]), script
+
+
+def test_the_suite_of_a_gpu():
+    hidden = "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"
+    env = {name: value for name, value in os.environ.items() if name not in hidden} | {"ON_CUDA": "1"}
+    seen = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    if subprocess.run(seen, env=env).returncode:
+        pytest.skip("no CUDA GPU")
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "test_cuda.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
