@@ -10,9 +10,9 @@ call is not timed. GB/s: the weights, keys and values that a step reads, over it
 import time
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM, get_constant_schedule
+from transformers import DebertaV2Config, MistralConfig, MistralForCausalLM, get_constant_schedule
 
-from measure import column, common, make_parser, one_step, record
+from measure import column, common, limits, make_parser, one_step, record
 from sppo import sppo_loss
 
 MICRO_TOKENS = 16384
@@ -28,7 +28,7 @@ def timed(function, *inputs):
 
 def main():
     parser = make_parser(__doc__)
-    for flag, default in {"hidden": 4096, "layers": 32, "slots": 64, "new_tokens": 256, "pairs": 32}.items():
+    for flag, default in {"hidden": 4096, "layers": 32, "slots": 192, "new_tokens": 256, "pairs": 32}.items():
         parser.add_argument(f"--{flag}", type=int, default=default)
     args = parser.parse_args()
     common.require(torch.cuda.is_available() and args.device == "cuda", "it wants a CUDA GPU, and there is none")
@@ -42,6 +42,8 @@ def main():
     n, machine = policy.num_parameters(), torch.cuda.get_device_name()
     where = f"{machine}; bf16; {n / 1e9:.2f} G parameters; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
     print(where)
+    args.dtype = "bfloat16"
+    flops, bandwidth = limits(args)
 
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(32000, (max(1, args.slots // 5), 256), generator=random).tolist()
@@ -54,7 +56,8 @@ def main():
     tokens = sum(len(ids) for row in rows for ids in row)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     read = 2 * n + len(prompts) * 5 * kv * (256 + args.new_tokens / 2)
-    sampling = {"tokens/s": tokens / seconds, "GB/s": read * args.new_tokens / seconds / 1e9, "peak GB": gb}
+    speed = read * args.new_tokens / seconds
+    sampling = {"tokens/s": tokens / seconds, "GB/s": speed / 1e9, "% of it": 100 * speed / bandwidth, "peak GB": gb}
     print("sampling", *(f"{figure:,.1f} {name}" for name, figure in sampling.items()), sep="   ")
 
     common.use_checkpointing(policy)
@@ -70,10 +73,27 @@ def main():
     step = policy, optimizer, get_constant_schedule(optimizer), pairs, MICRO_TOKENS, loss_of
     one_step(*step)
     _, seconds, gb = timed(one_step, *step)
-    flops = 6 * n * args.pairs * 2 * (256 + 400) / seconds
-    training = {"pairs/s": args.pairs / seconds, "TFLOP/s": flops / 1e12, "peak GB": gb}
+    done = 6 * n * args.pairs * 2 * (256 + 400) / seconds
+    training = {"pairs/s": args.pairs / seconds, "TFLOP/s": done / 1e12, "% of it": 100 * done / flops, "peak GB": gb}
     print("training", *(f"{figure:,.1f} {name}" for name, figure in training.items()), sep="   ")
-    record(args, where, sampling=sampling, training=training)
+    del policy, optimizer, step
+    torch.cuda.empty_cache()
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    sizes |= {
+        "relative_attention": True,
+        "position_buckets": 256,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+    }
+    heads = {"vocab_size": 128_100, "type_vocab_size": 0, "position_biased_input": False, "share_att_key": True}
+    net = common.PairRMNet(DebertaV2Config(**sizes, **heads, drop_out=0.0, n_tasks=1)).to(args.device).eval()
+    ids = torch.randint(1000, (8, 1000), device=args.device)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        net(ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
+        _, seconds, gb = timed(net, ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
+    judging = {"pairs of 1,000 tokens/s": len(ids) / seconds, "peak GB": gb}
+    print("PairRM", *(f"{figure:,.1f} {name}" for name, figure in judging.items()), sep="   ")
+    record(args, where, sampling=sampling, training=training, judging=judging)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from measure import common, header, make_parser, record, show, take_turns
+from measure import common, header, limits, make_parser, record, show, take_turns
 
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # a missing response is noticed below
 K, GROUP, PAGE = 5, 8, 32  # responses per prompt; prompts in a batch of generate; tokens in a page of generate_batch
@@ -72,7 +72,7 @@ def hf_generate_batch(policy, prompts, longest, eos_ids, lengths):
 CONTESTANTS = {"ours": ours, "transformers generate": hf_generate, "transformers generate_batch": hf_generate_batch}
 
 
-def race(policy, prompts, longest, eos_ids, repeats):
+def race(policy, prompts, longest, eos_ids, repeats, bandwidth):
     """All contestants on the same prompts, `repeats` rounds; prints a table and returns it."""
     lengths = []
 
@@ -85,10 +85,15 @@ def race(policy, prompts, longest, eos_ids, repeats):
     flat = [length for row in lengths for length in row]
     print(f"\nlengths: mean {sum(flat) / len(flat):.1f}, longest {max(flat)}")
 
-    def figures(name, speeds):
-        return median(speeds), median(mine / theirs for mine, theirs in zip(results["ours"], speeds, strict=True))
+    c, size = policy.config, policy.dtype.itemsize
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size * (40 + sum(flat) / len(flat) / 2)
+    read = policy.num_parameters() * size / (GROUP * K) + row  # bytes a token, were all rows busy
 
-    return show("", {"tokens/s": ",.0f", "ours / theirs": ".2f"}, results, figures)
+    def figures(name, speeds):
+        ratio = median(mine / theirs for mine, theirs in zip(results["ours"], speeds, strict=True))
+        return median(speeds), ratio, median(speeds) * read / bandwidth
+
+    return show("", {"tokens/s": ",.0f", "ours / theirs": ".2f", "of the bandwidth": ".1%"}, results, figures)
 
 
 def main():
@@ -111,8 +116,9 @@ def main():
     print(where)
     print(f"Llama of {policy.num_parameters() / 1e6:.1f} M: hidden {hidden}, {layers} layers, vocabulary {vocab}")
     print(f"{args.prompts} prompts x {K} responses, {GROUP * K} rows at a time")
-    spread = race(policy, prompts, args.longest, list(range(vocab // args.mean)), args.repeats)
-    equal = race(policy, prompts, args.mean, None, args.repeats)
+    _, bandwidth = limits(args)
+    spread = race(policy, prompts, args.longest, list(range(vocab // args.mean)), args.repeats, bandwidth)
+    equal = race(policy, prompts, args.mean, None, args.repeats, bandwidth)
     record(args, where, spread=spread, equal=equal)
 
 

@@ -17,7 +17,18 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from measure import common, header, make_parser, memory_in_a_child, peak_memory, record, show, synchronize, take_turns
+from measure import (
+    common,
+    header,
+    limits,
+    make_parser,
+    memory_in_a_child,
+    peak_memory,
+    record,
+    show,
+    synchronize,
+    take_turns,
+)
 
 
 def naive(hidden, weight, targets):
@@ -93,8 +104,11 @@ def print_time(args):
         took, logps = seconds(forward_backward, name, hidden, weight, targets, g)
         return took / bare[turn], (logps.double() - true).abs().max().item()
 
-    results = take_turns(CONTESTANTS, run, args.repeats)
-    print("\nN {}, D {}, V {}: three products in {:.1f} ms".format(*args.sizes, 1e3 * median(list(bare.values())[1:])))
+    flops, _ = limits(args)
+    results, (n, d, v) = take_turns(CONTESTANTS, run, args.repeats), args.sizes
+    took = median(list(bare.values())[1:])
+    share = 6 * n * d * v / took / flops
+    print(f"\nN {n}, D {d}, V {v}: three products in {1e3 * took:.1f} ms, {share:.0%} of the speed of products here")
     formats = {"time / three products": ".2f", "error, nats": ".1e"}
     return show("forward and backward", formats, results, lambda _, found: map(median, zip(*found, strict=True)))
 

@@ -81,6 +81,25 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def limits(args):
+    """(FLOP/s of a large product in args.dtype, bytes/s that a large copy reads and writes): the best of five here."""
+    n = 8192 if args.device == "cuda" else 1024
+    a = torch.randn(n, n, device=args.device).to(getattr(torch, args.dtype))
+    best = []
+    for call, amount in ((lambda: a @ a, 2 * n**3), (lambda: a.repeat(8, 1), 9 * a.numel() * a.itemsize)):
+        call()
+        times = []
+        for _ in range(5):
+            synchronize(args.device)
+            start = time.perf_counter()
+            call()
+            synchronize(args.device)
+            times.append(time.perf_counter() - start)
+        best.append(amount / min(times))
+    print(f"here: products {best[0] / 1e12:.2f} TFLOP/s, memory {best[1] / 1e9:.0f} GB/s")
+    return best
+
+
 def peak_memory(device, function, *inputs):
     """Bytes at the peak of a call beyond what was there before it; on the CPU Linux only, see memory_in_a_child."""
     if device == "cuda":
