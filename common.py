@@ -704,7 +704,7 @@ def load_rows(flag, source, read, limit=0, every=False):
 
 def say_refused(flag, refused, n):
     """Print how many of n rows were refused, and why."""
-    for reason, count in refused.items():
+    for reason, count in (+refused).items():
         print(f"{flag}: {count} of {n} left out: {reason}")
 
 

@@ -76,8 +76,6 @@ def main():
     done = 6 * n * args.pairs * 2 * (256 + 400) / seconds
     training = {"pairs/s": args.pairs / seconds, "TFLOP/s": done / 1e12, "% of it": 100 * done / flops, "peak GB": gb}
     print("training", *(f"{figure:,.1f} {name}" for name, figure in training.items()), sep="   ")
-    del policy, optimizer, step
-    torch.cuda.empty_cache()
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     sizes |= {
         "relative_attention": True,
@@ -85,7 +83,13 @@ def main():
         "pos_att_type": ["p2c", "c2p"],
         "norm_rel_ebd": "layer_norm",
     }
-    heads = {"vocab_size": 128_100, "type_vocab_size": 0, "position_biased_input": False, "share_att_key": True}
+    heads = {
+        "vocab_size": 128_100,
+        "type_vocab_size": 0,
+        "position_biased_input": False,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    }
     net = common.PairRMNet(DebertaV2Config(**sizes, **heads, drop_out=0.0, n_tasks=1)).to(args.device).eval()
     ids = torch.randint(1000, (8, 1000), device=args.device)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
