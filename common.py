@@ -181,7 +181,10 @@ def start_run(args, file):
     same_as_begun(
         args, f"--model {args.model}", [config.to_json_string(), getattr(config, "_commit_hash", None), starts]
     )
-    return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
+    table = read_jsonl(run / "metrics.jsonl")
+    whole = all(isinstance(row, dict) and row.get("iterate") == t and "step" in row for t, row in enumerate(table))
+    require(whole, f"{run / 'metrics.jsonl'}: damaged: it has not one row for each finished iterate")
+    return run, table, tracker(args, run)
 
 
 def tracker(args, run):
@@ -302,20 +305,34 @@ def read_jsonl(path):
         require(False, f"{path}: damaged ({error}); remove it, and --resume makes it anew")
 
 
+def belongs(row, item, first, sampled):
+    """Whether a row of a file that `cached` reads is whole, and that of `item`. sampled: of responses.jsonl."""
+    if isinstance(row, list):  # preferences
+        return numpy.shape(row) == numpy.shape(first)
+    shared = row.keys() & item.keys() if isinstance(item, dict) else ()
+    same = all(row[key] == item[key] for key in shared) and (not shared or item.keys() <= row.keys())
+    fine = [
+        isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in row.get("responses", [])
+    ]
+    return same and all(fine) and (not sampled or len(fine) == len(first["responses"]) > 1)
+
+
 def cached(path, items, make, chunk=1024):
     """make(some items) -> as many rows, for all items, `chunk` at a time; kept in the .jsonl file `path`.
 
     Rows that are there are not made again. So a killed run goes on from its last chunk, and rows that another program
-    wrote there are taken for this run's. Exits where a row has not its item's values under the same keys.
+    wrote there are taken for this run's, if they are whole and have their items' values.
     """
-    rows = read_jsonl(path)
-    fits = len(rows) <= len(items)
-    for row, item in zip(rows, items, strict=False):
-        fits &= isinstance(row, dict | list)
-        if isinstance(row, dict) and isinstance(item, dict):
-            fits &= all(row[key] == item[key] for key in row.keys() & item.keys())
+    rows, sampled = read_jsonl(path), path.name == "responses.jsonl"
+    try:
+        pairs = zip(rows, items, strict=False)
+        fits = len(rows) <= len(items) and all(belongs(row, item, rows[0], sampled) for row, item in pairs)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fits = False
     require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
     write_jsonl(path, rows)  # without a torn last line
+    if sampled and len(rows) < len(items):
+        (path.parent / "preferences.jsonl").unlink(missing_ok=True)  # of samples that are gone
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = make(items[i : i + chunk])
         with open(path, "a", encoding="utf-8") as file:
@@ -1771,6 +1788,10 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     """
     folder, names = run / f"iter_{t}", ("instruction", "output", "generator")
     earlier = [read_jsonl(run / f"iter_{i}" / "answers.jsonl") for i in range(t)]
+    asked = [row["prompt"] for row in held_out if "benchmark" not in row]
+    for i, known in enumerate(earlier):
+        same = [row.get("prompt") for row in known] == asked
+        require(same, f"{run}/iter_{i}/answers.jsonl: damaged: its rows are not the answers to the held-out prompts")
     can = [row for row in held_out if "prompt_ids" in row]  # not all of --eval_prompts: their place stays, without text
     answered = iter(sample(policy, tokenizer, can, 1, f"{args.seed} evaluate {t}", args))
     rows = [next(answered) if "prompt_ids" in row else {**row, "responses": [{"text": ""}]} for row in held_out]

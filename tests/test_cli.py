@@ -58,9 +58,11 @@ FILES = {  # name -> content, in the folder that the commands run in
     "runs/other_rows/config.json": json.dumps(BEGUN),
     "runs/other_rows/metrics.jsonl": '{"iterate": 0, "step": 0}\n',
     "runs/other_rows/iter_1/responses.jsonl": '{"prompt": [], "responses": []}\n',
+    "runs/no_step/config.json": json.dumps(BEGUN),
+    "runs/no_step/metrics.jsonl": '{"iterate": 0}\n',
     "runs/numbers/config.json": json.dumps(BEGUN),
     "runs/numbers/metrics.jsonl": '{"iterate": 0, "step": 0}\n',
-    "runs/numbers/iter_1/preferences.jsonl": "5\n",
+    "runs/numbers/iter_1/responses.jsonl": "5\n",
     "no_model/config.json": "{}",
     "bad_model/config.json": "{",
     "no_weights/config.json": json.dumps(
@@ -70,6 +72,12 @@ FILES = {  # name -> content, in the folder that the commands run in
     "no_split/test.jsonl": '{"prompt": "1"}',
     "nothing/readme.md": "a folder without data",
 }
+ANSWER = {"text": "1", "ids": [4, 1], "finished": True}
+PARTS = [ANSWER, {"text": "1", "ids": [], "finished": True}, {"text": "1", "ids": [4]}, {"ids": [4], "finished": True}]
+for n, ys in enumerate([[ANSWER, one] for one in PARTS[1:]] + [None, [ANSWER]]):  # as another engine may write them
+    FILES[f"runs/engine_{n}/config.json"] = json.dumps(BEGUN)
+    FILES[f"runs/engine_{n}/metrics.jsonl"] = '{"iterate": 0, "step": 0}\n'
+    FILES[f"runs/engine_{n}/iter_1/responses.jsonl"] = json.dumps({"responses": ys}) + "\n"
 BAD = [  # script, flags, words of the one line
     (sppo, "--iteration 3", "--iteration is no flag; did you mean --iterations?"),
     (dno, "--learning_rat 1", "did you mean --learning_rate?"),
@@ -128,8 +136,10 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--resume runs/null", "--model None: runs/null"),
     (sppo, "--resume runs/gone", "--model runs/gone/iter_1/policy: give tiny"),
     (sppo, "--resume runs/torn", "runs/torn/iter_1/checkpoint.pt: damaged"),
+    *((sppo, f"--resume runs/engine_{n}", "responses.jsonl: its rows are not this run's") for n in range(5)),
+    (sppo, "--resume runs/no_step", "metrics.jsonl: damaged: it has not one row for each finished iterate"),
     (sppo, "--resume runs/other_rows", "responses.jsonl: its rows are not this run's"),
-    (sppo, "--resume runs/numbers", "preferences.jsonl: its rows are not this run's"),
+    (sppo, "--resume runs/numbers", "responses.jsonl: its rows are not this run's"),
     (sppo, "--name file", "File exists: 'runs/file'"),
     (sppo, "--resume runs/mine --k 3", "--k 3: runs/mine was begun with 5; leave the flag out"),
     (sppo, "--prompts=", "--prompts '': give a .jsonl"),

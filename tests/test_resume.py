@@ -186,6 +186,11 @@ def test_a_torn_last_line_is_made_again(workdir, capsys):
     with pytest.raises(SystemExit):
         common.cached(path, items, make)
     assert "rows.jsonl: damaged" in capsys.readouterr().err
+    for odd in ("5", "[[1, 2], [3]]", '{"win_rate": 1}\n[1]', "null"):
+        (workdir / "preferences.jsonl").write_text(odd + "\n")
+        with pytest.raises(SystemExit):
+            common.cached(workdir / "preferences.jsonl", items, make)
+        assert "preferences.jsonl: its rows are not this run's" in capsys.readouterr().err
     rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
     assert common.cached(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(workdir / "more.jsonl")
 
@@ -205,6 +210,26 @@ def test_rows_of_another_engine_are_used_as_they_are(workdir):
     cli(script, "--resume", "runs/y")
     worst = [pair["responses"][-1]["text"] for pair in lines(Path("runs/y/iter_1/pairs.jsonl"))]
     assert worst.count("9") > len(rows) / 2
+
+
+def test_new_samples_are_judged_anew_and_answers_to_other_prompts_are_refused(workdir, capsys):
+    script, settings = JOBS["sppo"]
+    script.main(script.Args(name="x", **settings, seed=2))
+    start("sppo", "y")
+    for name in ("responses.jsonl", "preferences.jsonl"):  # of other samples
+        shutil.copy(f"runs/x/iter_2/{name}", "runs/y/iter_2")
+    right = result(Path("runs/y"))["iter_2/pairs.jsonl"]
+    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
+    Path("runs/y/iter_2/responses.jsonl").unlink()  # as a damaged one is to be
+    cli(script, "--resume", "runs/y")
+    start("sppo", "whole")
+    assert result(Path("runs/y"))["iter_2/pairs.jsonl"] == result(Path("runs/whole"))["iter_2/pairs.jsonl"] == right
+    answers = Path("runs/y/iter_0/answers.jsonl")
+    common.write_jsonl(answers, lines(answers)[::-1])
+    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
+    with pytest.raises(SystemExit):
+        cli(script, "--resume", "runs/y")
+    assert "iter_0/answers.jsonl: damaged" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_resumed_and_stays(workdir, capsys):
