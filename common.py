@@ -267,6 +267,9 @@ def finish_run(run, table, best):
     remedy = "raise --k, --temperature or --max_new_tokens, in dno.py lower --margin or --min_score"
     require(len(table) > 1, f"no pair to train on, as all responses tie or differ too little; {remedy}")
     final, t = run / "final", best["iterate"]
+    require(
+        (run / f"iter_{t}" / "policy").exists(), f"{run}/iter_{t}/policy is gone, which is the best; begin a new run"
+    )
     final.unlink(missing_ok=True)
     final.symlink_to(Path(f"iter_{t}") / "policy", target_is_directory=True)
     shutil.copy(run / f"iter_{t}" / "outputs.json", run)
@@ -755,6 +758,9 @@ def as_messages(value):
 def read_prompt(row):
     """The prompt of a row as messages, of which the last is the user's."""
     refuse_unread(row)
+    for name in ("instruction", "input", "context") if "prompt" in row else ():
+        if row.get(name) and row[name] != row["prompt"]:
+            raise Refused(f"with {name} beside prompt")
     if "prompt" in row:
         prompt = as_messages(row["prompt"])
         prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
@@ -767,8 +773,11 @@ def read_prompt(row):
         pair = zip(("user", "assistant"), turn, strict=True)
         turns = [turn] if isinstance(turn, dict) else [{"role": role, "content": text} for role, text in pair]
         prompt = as_messages(turns) + prompt
-    if system := row.get("system") or row.get("system_prompt"):
-        prompt = [{"role": "system", "content": as_text(system)}, *(m for m in prompt if m["content"] != system)]
+    for system in {as_text(row[name]) for name in ("system", "system_prompt") if row.get(name)}:
+        if prompt[:1] != [{"role": "system", "content": system}]:
+            prompt = [{"role": "system", "content": system}, *prompt]
+    if [message["role"] for message in prompt].count("system") > 1:
+        raise Refused("with two system turns")
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise Refused("empty, or not ending with the user's turn")
     return prompt
@@ -818,7 +827,7 @@ def load_pairs(source, limit=0):
     return load_rows("--pairs", source, read_pair, limit)
 
 
-USER, ANSWER, OTHER = "Markone", "Marktwo", "Markthree"  # a conversation on which a chat template is tried
+MARKS = USER, ANSWER, OTHER = "Zq1qZ", "Zq2qZ", "Zq3qZ"  # a conversation on which a chat template is tried
 PLAIN = "{% for m in messages %}{{ '\n\n' if not loop.first and m.role != 'assistant' }}{{ m.content }}{% endfor %}"
 # In front of a template, this gives it other contents than those of the messages.
 CHANGE = "{% set all = namespace(turns=[], text='') %}{% for m in messages %}{% if m.role == 'ROLE' %}"
@@ -836,6 +845,8 @@ class Chat:
     def __init__(self, policy, tokenizer):
         self.tokenizer, self.control, self.header, user = tokenizer, {}, "", {"role": "user", "content": USER}
         self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+        if isinstance(tokenizer.chat_template, dict):  # several, by name
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             self.adapt("is missing: prompts are plain text, turns without speakers", template=PLAIN)
         if not self.shows(user):
@@ -877,7 +888,7 @@ class Chat:
     def shows(self, *messages):
         """Whether the template writes each content, and an answer, once and in order."""
         try:
-            found = re.findall("Mark[a-z]+", self.write(messages, ANSWER))
+            found = re.findall("|".join(MARKS), self.write(messages, ANSWER))
         except Refused:
             return False
         return found == [*(message["content"] for message in messages), ANSWER]
@@ -907,8 +918,11 @@ class Chat:
         text, contents = self.write(messages), [message["content"] for message in messages]
         if re.search(r"\w", self.header) and any(self.header in content for content in contents):
             raise Refused("rendered already")
-        if not all(content.rpartition("</think>")[2].strip() in text for content in contents):
-            raise Refused("with a turn that the chat template does not write")
+        at = 0
+        for content in contents:  # each behind the one before
+            shown = content.rpartition("</think>")[2].strip()
+            if (at := text.find(shown, at) + len(shown)) < len(shown):
+                raise Refused("with a turn that the chat template does not write")
         return self.encode(text)
 
     def response(self, messages, answer, max_tokens):
@@ -1816,7 +1830,8 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
         # Judges like length. At equal length: the intercept of a line through wins over (len - len') / (len + len').
         now, then = (numpy.array([len(same[i]["ids"]) for same in answers]) for i in (-1, 0))
         line = numpy.stack([numpy.ones(len(wins)), (now - then) / (now + then)], 1)
-        metrics["wins_at_equal_length"] = numpy.linalg.lstsq(line, wins[:, 0].numpy(), rcond=None)[0][0].item()
+        at_equal = numpy.linalg.lstsq(line, wins[:, 0].numpy(), rcond=None)[0][0].item()
+        metrics["wins_at_equal_length"] = min(max(at_equal, 0.0), 1.0)
         metrics["wins_vs_each"] = wins.mean(0).tolist()
     if earlier:
         add_logps(policy, earlier[-1], "now", args.micro_tokens)

@@ -6,7 +6,7 @@ the pairs with a large margin. --variant exact puts Algorithm 1's loss in its pl
 target sigmoid(r_t(y1) - r_t(y2)) (eq. 8; eq. 12 is the same), least where pi_{t+1} is proportional to
 pi_t exp(r_t / eta), eq. 9.
 
-    python dno.py                       the built-in task, a minute on two CPU cores: 0.16 -> 0.90 right
+    python dno.py                       the built-in task, a minute or two on two CPU cores: 0.14 -> 0.91 right
     python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    all of it your own
 
 It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.

@@ -4,7 +4,7 @@ Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4
 answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
 moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
-    python sppo.py                       the built-in task, a minute on two CPU cores: 0.17 -> 0.91 right
+    python sppo.py                       the built-in task, a minute or two on two CPU cores: 0.16 -> 0.90 right
     python sppo.py --model mistral-7b    the paper's: UltraFeedback in thirds, PairRM; one GPU of 80 GB; not run yet
     python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    all of it your own, at the paper's settings
 

@@ -7,7 +7,7 @@ behind p + x: a prompt p that asks for the best of answers, put in front of the 
 Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly. At lam of 1 and more, targets may run away from the
 policy.
 
-    python sr_dpo.py                     the built-in task, half a minute on two CPU cores: 0.16 -> 0.79 right
+    python sr_dpo.py                     the built-in task, a minute on two CPU cores: 0.14 -> 0.64 right
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
     python sr_dpo.py --model DIR --pairs FILE.jsonl    all of it your own
 

@@ -200,6 +200,25 @@ def test_text_that_spells_control_tokens_or_is_rendered_already_is_refused(name,
         one.prompt_ids(turns(prompt)), one.response(turns(prompt), answer, 9)
 
 
+def test_a_template_that_writes_letters_behind_or_in_front_is_read_rightly(capsys):
+    letters = (
+        EACH + "{{ m.role[0] }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}" + END + ASK + "a{% endif %}"
+    )
+    one = chat(tokenizer(letters))
+    assert one.tokenizer.decode(one.prompt_ids(turns("Hi"))) == "uHia" and "parts" not in capsys.readouterr().out
+    one = chat(tokenizer("Use Markdown. Mark well. " + CHATML, IM, eos="<|im_end|>"))
+    assert one.tokenizer.decode(one.prompt_ids(turns("Hi"))) == "Use Markdown. Mark well. " + ASKS
+    named = tokenizer(CHATML, IM, eos="<|im_end|>")
+    named.chat_template = {"rag": "no", "default": CHATML}
+    assert chat(named).prompt_ids(turns("Hi")) == chat("chatml").prompt_ids(turns("Hi"))
+
+
+def test_a_turn_that_only_seems_to_be_written_is_refused():
+    last = "{% set messages = messages[-1:] if add_generation_prompt else messages[-2:] %}" + CHATML
+    with pytest.raises(Refused, match="with a turn that the chat template does not write"):
+        chat(tokenizer(last, IM, eos="<|im_end|>")).prompt_ids(turns("3", "5", "357054"))
+
+
 def test_a_turn_that_is_not_written_is_refused():
     talk = [*turns("Hi", "a"), {"role": "tool", "content": "22"}, *turns("so")]
     with pytest.raises(Refused, match="with a turn that the chat template does not write"):
