@@ -293,10 +293,12 @@ def write(path, text):
 
 
 def write_json(path, value):
+    """Write a value as readable JSON."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path, rows):
+    """Write one line of JSON per row."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -333,9 +335,11 @@ def cached(path, items, make, chunk=1024):
     except (AttributeError, KeyError, TypeError, ValueError):
         fits = False
     require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
-    write_jsonl(path, rows)  # without a torn last line
-    if sampled and len(rows) < len(items):
-        (path.parent / "preferences.jsonl").unlink(missing_ok=True)  # of samples that are gone
+    samples = path.with_name("responses.jsonl")
+    if path.name == "preferences.jsonl" and path.exists() and samples.stat().st_mtime > path.stat().st_mtime:
+        rows = []  # of samples that have been replaced
+    if not path.exists() or not path.read_bytes().endswith(b"\n") or not rows:
+        write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = make(items[i : i + chunk])
         with open(path, "a", encoding="utf-8") as file:
@@ -729,6 +733,7 @@ def say_refused(flag, refused, n):
 
 
 def refuse_unread(fields):
+    """Refuse a row or a message with a field that would matter and is not read."""
     for name in sorted(UNREAD & fields.keys()):
         if fields[name]:
             raise Refused(f"with {name}, which is not supported")

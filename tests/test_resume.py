@@ -216,14 +216,15 @@ def test_new_samples_are_judged_anew_and_answers_to_other_prompts_are_refused(wo
     script, settings = JOBS["sppo"]
     script.main(script.Args(name="x", **settings, seed=2))
     start("sppo", "y")
-    for name in ("responses.jsonl", "preferences.jsonl"):  # of other samples
-        shutil.copy(f"runs/x/iter_2/{name}", "runs/y/iter_2")
     right = result(Path("runs/y"))["iter_2/pairs.jsonl"]
-    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
-    Path("runs/y/iter_2/responses.jsonl").unlink()  # as a damaged one is to be
-    cli(script, "--resume", "runs/y")
-    start("sppo", "whole")
-    assert result(Path("runs/y"))["iter_2/pairs.jsonl"] == result(Path("runs/whole"))["iter_2/pairs.jsonl"] == right
+    samples = Path("runs/y/iter_2/responses.jsonl")
+    for new in (None, samples.read_bytes()):  # removed, as a damaged one is to be; written by another program
+        shutil.copy("runs/x/iter_2/preferences.jsonl", "runs/y/iter_2")  # of other samples
+        os.utime("runs/y/iter_2/preferences.jsonl", (1, 1))
+        samples.unlink() if new is None else samples.write_bytes(new)
+        common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
+        cli(script, "--resume", "runs/y")
+        assert result(Path("runs/y"))["iter_2/pairs.jsonl"] == right
     answers = Path("runs/y/iter_0/answers.jsonl")
     common.write_jsonl(answers, lines(answers)[::-1])
     common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
