@@ -1,4 +1,4 @@
-"""Sampling five responses per prompt: `common.generate` against transformers' `generate` and `generate_batch`.
+"""Sampling five responses per prompt: `common.generate` against transformers' `generate`.
 
     python tests/bench_generate.py     five minutes on two CPU cores
 
@@ -6,26 +6,23 @@ The policy is a Llama with random weights: its next token is almost uniform over
 as EOS gives lengths that are about exponential.
  * Spread lengths: mean `--mean`, cut at `--longest`. Ours draws them, the same in every round. `generate` takes over
    these very lengths through a stopping criterion, 8 prompts x 5 rows at a time; such a batch runs until its longest
-   row ends. `generate_batch` draws its own from the same law; it has a cache for 40 rows at their longest.
+   row ends.
  * Equal lengths: nothing ends a response, and each has `--mean` tokens.
 Equal work: the same prompts of 16 to 64 tokens, 40 rows at a time for all, temperature 1, no top-k, no top-p. All take
 turns in one process. Speed is in useful tokens, those up to the end of a response, per second; `ours / theirs` is the
 median of the rounds' ratios. Targets: 3 x `generate` at spread lengths (on CUDA 5 x) and 1.3 x at equal lengths.
 """
 
-import inspect
-import logging
 import random
 import time
 from statistics import median
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from measure import common, header, limits, make_parser, record, show, take_turns
 
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # a missing response is noticed below
-K, GROUP, PAGE = 5, 8, 32  # responses per prompt; prompts in a batch of generate; tokens in a page of generate_batch
+K, GROUP = 5, 8  # responses per prompt; prompts in a batch of generate
 
 
 def settings(longest, eos_ids):
@@ -53,23 +50,7 @@ def hf_generate(policy, prompts, longest, eos_ids, lengths):
     return sum(map(sum, lengths))
 
 
-def hf_generate_batch(policy, prompts, longest, eos_ids, lengths):
-    most = max(map(len, prompts))
-    pages = {"page_size": PAGE} if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else {}
-    config = ContinuousBatchingConfig(
-        **pages,
-        num_blocks=GROUP * K * (2 + (most + longest) // PAGE),
-        max_batch_tokens=GROUP * (K + most),
-        max_requests_per_batch=GROUP * K,
-        seed=0,
-    )
-    config = {"generation_config": settings(longest, eos_ids), "continuous_batching_config": config}
-    out = policy.generate_batch(prompts, **config, persistent_manager=True)
-    assert len(out) == K * len(prompts) and not any(x.error for x in out.values()), "generate_batch lost responses"
-    return sum(len(x.generated_tokens) for x in out.values())
-
-
-CONTESTANTS = {"ours": ours, "transformers generate": hf_generate, "transformers generate_batch": hf_generate_batch}
+CONTESTANTS = {"ours": ours, "transformers generate": hf_generate}
 
 
 def race(policy, prompts, longest, eos_ids, repeats, bandwidth):
@@ -81,7 +62,6 @@ def race(policy, prompts, longest, eos_ids, repeats, bandwidth):
         return CONTESTANTS[name](policy, few, longest, eos_ids, lengths) / (time.perf_counter() - start)
 
     results = take_turns(CONTESTANTS, run, repeats)  # tokens/s
-    policy.destroy_cached_continuous_batching_manager()
     flat = [length for row in lengths for length in row]
     print(f"\nlengths: mean {sum(flat) / len(flat):.1f}, longest {max(flat)}")
 

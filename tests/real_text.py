@@ -1,110 +1,160 @@
-"""DPO against Sr-DPO on real text: a small language model, made on the spot from a file of preference pairs.
+"""The three methods on a real model and real text, on two CPU cores: what comes out, for better or worse.
 
-    python tests/real_text.py FILE.jsonl.gz        half an hour on two CPU cores for 2,300 pairs of HH-RLHF
+    python tests/real_text.py sppo        self-play on questions of AlpacaEval, judged by sentiment
+    python tests/real_text.py dno         the same with the student's own pairs
+    python tests/real_text.py sr_dpo      DPO, Sr-DPO, IPO and Sr-IPO on pairs of HH-RLHF; log-probs behind each p
 
-The record is of Anthropic/hh-rlhf, harmless-base, test. Per seed a Llama of 3 M parameters and a BPE of 4,096 tokens
-learn the training pairs in --epochs passes: both answers to a prompt, and behind p (REFINE_PROMPTS["short"]) the chosen
-one, so that p means something. sr_dpo.py then trains this start with --lam 0 and with --lam. The means over seeds are
-printed, each seed's figures written to tests/claims/results/real_text.json.
+each for three seeds; --data FILE where the hub cannot be reached, --device cuda for a GPU. They print means and
+standard deviations over the seeds and write tests/claims/results/real_*.json.
+
+The policy is SmolLM2-135M-Instruct (smollm2.py). The judge of sppo and dno is VADER's sentiment, a lexicon with rules:
+P(y > y') = sigmoid(4 (s - s')), s from -1 to 1. A reader can check it, and so can see when a policy plays it. The
+questions are those of one line and at most 100 characters; each asks for one short sentence, so that less than a tenth
+of the start's answers are cut.
 """
 
 import argparse
-import random
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import smollm2
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import dno
 import measure
+import sppo
 import sr_dpo
 from measure import common
 
-TEMPLATE = "<s>{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}{{ m.content }}"
-TEMPLATE += "{{ '' if m.role == 'user' else '</s>' }}{% endfor %}{{ '\n\nAssistant:' if add_generation_prompt }}"
-SETTINGS = {"judge": "", "refine_prompt": "short", "beta": 0.1, "max_prompt_tokens": 320, "max_new_tokens": 160}
-SETTINGS |= {"n_eval": 400, "epochs": 1, "learning_rate": 1e-4, "batch_size": 32, "micro_tokens": 4096, "slots": 64}
-MEASURES = "accuracy", "accuracy_p", "marginal", "marginal_p", "kl", "tokens"
+SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
+DATA = {"sppo": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"}
+DATA |= {"dno": DATA["sppo"], "sr_dpo": "hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz"}
+SELF_PLAY = {"judge": "sentiment", "limit": 208, "n_eval": 64, "iterations": 2, "k": 4}
+OFFLINE = {"judge": "", "limit": 192, "n_eval": 64, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
+SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
+METHODS = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", 0.3), "IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", 0.3)}
 
 
-def make_tokenizer(texts):
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+class Sentiment:
+    """VADER's compound sentiment of an answer as a judge."""
+
+    def __init__(self):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self.score = SentimentIntensityAnalyzer().polarity_scores
+
+    def sentiment(self, responses):
+        return torch.tensor([[self.score(y)["compound"] for y in texts] for texts in responses])
+
+    def __call__(self, prompts, responses):
+        s = self.sentiment(responses)
+        return torch.sigmoid(4 * (s[:, :, None] - s[:, None, :]))
+
+    def metrics(self, prompts, responses):
+        return {"sentiment": self.sentiment(responses).mean().item()}
 
 
-def supervise(policy, pairs, epochs, seed):
-    """Both answers behind x, the chosen one behind p + x."""
-    rows = [{"prompt_ids": pair["prompt_ids"], "responses": [y]} for pair in pairs for y in pair["responses"]]
-    rows += [{"prompt_ids": pair["refined_ids"], "responses": pair["responses"][:1]} for pair in pairs]
-    rng, steps = random.Random(seed), epochs * len(rows) // 32
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        batch = rng.sample(rows, 32)
-        n = sum(len(row["responses"][0]["ids"]) for row in batch)
-        for micro in common.micro_batches(policy, batch, 4096):
-            (-common.pair_logps(policy, micro).sum() / n).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+def questions(source, file):
+    """Write those of the prompts in `source` that are questions of one short line, each asking for a short answer."""
+    texts = [prompt[-1]["content"] for prompt in common.load_prompts(source)]
+    kept = [text for text in texts if len(text) <= 100 and text.endswith("?") and "\n" not in text]
+    common.write_jsonl(file, [{"prompt": f"{text} Answer in one short sentence."} for text in kept])
 
 
-def per_token(policy, pairs, prompt_ids):
-    """Nats per token of the held-out chosen answers."""
-    rows = [{**pair, "responses": pair["responses"][:1]} for pair in pairs]
-    common.add_logps(policy, rows, "logps", 4096, prompt_ids)
-    return -sum(row["logps"][0] for row in rows) / sum(len(row["responses"][0]["ids"]) for row in rows)
+def short_pairs(source, file):
+    """Write the pairs in `source` of one question and two answers of at most 200 characters each."""
+    pairs = common.load_pairs(source)
+    texts = [(len(pair["prompt"]), *(pair[name] for name in ("chosen", "rejected"))) for pair in pairs]
+    kept = [pair for pair, (turns, *ys) in zip(pairs, texts, strict=True) if turns == 1 and max(map(len, ys)) <= 200]
+    common.write_jsonl(file, kept)
+
+
+def run(script, settings, seed, name):
+    """(metrics of each iterate, [chosen, rejected] log-ratio of each step, five answers of start and end)."""
+    argv = [f"--{key}={value}" for key, value in {**settings, "seed": seed, "name": name}.items()]
+    module = SCRIPTS[script]
+    common.cli(module.main, module.Args, module.RECIPES, module.__doc__, argv)
+    folder = Path("runs") / name
+    table = common.read_jsonl(folder / "metrics.jsonl")
+    steps = [row for t in range(1, len(table)) for row in common.read_jsonl(folder / f"iter_{t}" / "steps.jsonl")]
+    log_ratios = [[row["chosen_log_ratio"], row["rejected_log_ratio"]] for row in steps]
+    rows = [common.read_jsonl(folder / f"iter_{t}" / "answers.jsonl")[:5] for t in (0, len(table) - 1)]
+    answers = [
+        {"prompt": a["prompt"][-1]["content"], "start": a["responses"][0]["text"], "end": b["responses"][0]["text"]}
+        for a, b in zip(*rows, strict=True)
+    ]
+    return table, log_ratios, answers
+
+
+def premise(model, file):
+    """Mean log-probs of chosen and rejected answers behind each of the named prompts, less those without: 96 pairs."""
+    policy, tokenizer = common.load_policy(model)
+    found, plain = {}, None
+    for name, p in {"none": "", **sr_dpo.REFINE_PROMPTS}.items():
+        args = sr_dpo.Args(refine_prompt=p or "none", max_prompt_tokens=999, max_new_tokens=96)
+        rows = common.encode_rows(policy, tokenizer, common.load_pairs(file, 96), args, "", ["chosen", "rejected"])
+        rows = common.encode_rows(policy, tokenizer, rows, args, change=lambda x, p=p: sr_dpo.refine(x, p))
+        rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
+        common.add_logps(policy, rows, "logps", args.micro_tokens, "refined_ids")
+        logps = torch.tensor([row["logps"] for row in rows])
+        plain = logps if plain is None else plain
+        chosen, rejected = (logps - plain).mean(0).tolist()
+        margin = (logps[:, 0] - logps[:, 1]) - (plain[:, 0] - plain[:, 1])
+        found[name] = {"chosen": chosen, "rejected": rejected, "margin": margin.mean().item()}
+        found[name]["se of margin"] = margin.std().item() / len(rows) ** 0.5
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs")
-    for flag, default in {"seeds": 3, "epochs": 4, "lam": 0.3, "limit": 0}.items():
-        parser.add_argument(f"--{flag}", type=type(default), default=default)
-    args = parser.parse_args()
-    settings = {**SETTINGS, "pairs": args.pairs, "limit": args.limit}
-    tables, starts, stamp = {"DPO": [], "Sr-DPO": []}, [], time.strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("script", choices=SCRIPTS)
+    parser.add_argument("--data", help="a file, or a dataset on the hub; by default the published one")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    args, began = parser.parse_args(), time.time()
+    common.JUDGES["sentiment"] = lambda _: Sentiment()
+    model = str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
+    common.MODELS["smollm2-135m"] = model  # so that the scripts take its recipe
+    file, source = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
+    (short_pairs if args.script == "sr_dpo" else questions)(source, file)
+    settings = {"model": "smollm2-135m", **SETTINGS[args.script], "device": args.device}
+    settings |= {"pairs" if args.script == "sr_dpo" else "prompts": file}
+    variants = {args.script: {}}
+    if args.script == "sr_dpo":
+        variants = {name: {"loss": loss, "lam": lam} for name, (loss, lam) in METHODS.items()}
+    stamp, tables, log_ratios, answers = time.strftime("%Y%m%d-%H%M%S"), {}, {}, []
     for seed in range(1, args.seeds + 1):
-        pairs = common.load_pairs(args.pairs, args.limit)
-        prompts = [m["content"] for pair in pairs for m in pair["prompt"]]
-        tokenizer = make_tokenizer(prompts + [pair["chosen"] for pair in pairs])
-        sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-        sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "tie_word_embeddings": True}
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        torch.manual_seed(seed)
-        policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ends)).eval()
-        one = sr_dpo.Args(**settings, seed=seed)
-        (pairs,), held_out = common.split_rows(policy, tokenizer, sr_dpo.make_pairs(policy, tokenizer, pairs, one), one)
-        supervise(policy, pairs, args.epochs, seed)
-        starts.append((per_token(policy, held_out, "prompt_ids"), per_token(policy, held_out, "refined_ids")))
-        print(f"seed {seed}: {policy.num_parameters():,} parameters, nats per token {starts[-1]}")
-        common.save_policy(policy, tokenizer, folder := f"runs/real-{stamp}-s{seed}")
-        for method, lam in zip(tables, (0.0, args.lam), strict=True):
-            run = {"model": folder, "lam": lam, "name": f"real-{stamp}-{method.lower()}-s{seed}"}
-            tables[method].append(sr_dpo.main(sr_dpo.Args(**settings, **run, seed=seed))[-1])
-    plain, refined = map(list, zip(*starts, strict=True))
-    print(f"\nnats per token of held-out chosen answers: {mean(plain):.3f} behind x, {mean(refined):.3f} behind p + x")
-    print(f"{'':<22}" + "".join(f"{method:>20}" for method in tables))
-    figures = {method: {name: [row[name] for row in rows] for name in MEASURES} for method, rows in tables.items()}
-    for name in MEASURES:
-        cells = (f"{mean(v[name]):.3g} ± {stdev(v[name]) if len(v[name]) > 1 else 0:.2g}" for v in figures.values())
-        print(f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells))
-    words = [Path(word).name if word == args.pairs else word for word in sys.argv[1:]]  # no path
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        for name, more in variants.items():
+            table, steps, some = run(args.script, {**settings, **more}, seed, f"real-{stamp}-{name.lower()}-s{seed}")
+            tables.setdefault(name, []).append(table)
+            log_ratios.setdefault(name, []).append(steps)
+            answers += some if seed == 1 and args.script != "sr_dpo" else []
+    minutes = (time.time() - began) / 60 / args.seeds
+    print(f"\nmean ± standard deviation over {args.seeds} seeds, {minutes:.0f} minutes each")
+    for name, seeds in tables.items():
+        for t, rows in enumerate(zip(*seeds, strict=True)):
+            figures = [key for key, value in rows[0].items() if isinstance(value, float) and key != "seconds"]
+            spread = {key: (mean(row[key] for row in rows), stdev(row[key] for row in rows)) for key in figures}
+            print(f"{name} [{t}]", ", ".join(f"{key} {m:.3g} ± {s:.2g}" for key, (m, s) in spread.items()))
+    for row in answers:
+        print(f"\n{row['prompt']}\n    start: {row['start']}\n    end:   {row['end']}")
+    words = [Path(word).name if word == args.data else word for word in sys.argv[1:]]  # no path
+    where = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{measure.cpu()}, {torch.get_num_threads()} threads"
+    )
     result = {"command": shlex.join(["python", "tests/real_text.py", *words]), "date": time.strftime("%Y-%m-%d")}
-    result |= {"where": f"{measure.cpu()}, {torch.get_num_threads()} threads; {versions}", "seeds": args.seeds}
-    result |= {"parameters": policy.num_parameters(), "pairs": len(pairs), "held out": len(held_out)}
-    result |= {"figures": figures, "start, nats per token": {"behind x": plain, "behind p + x": refined}}
-    measure.write("real_text", result)
+    result |= {"where": f"{where}; torch {torch.__version__}, transformers {transformers.__version__}"}
+    result |= {"seeds": args.seeds, "minutes per seed": minutes, "settings": {**settings, "model": "smollm2-135m"}}
+    result["settings"] = {key: str(value) for key, value in result["settings"].items()}
+    result |= {"tables": tables, "log_ratios": log_ratios, "answers": answers}
+    if args.script == "sr_dpo":
+        result["behind p, less without"] = premise(model, str(file))
+    measure.write(f"real_{args.script}", result)
 
 
 if __name__ == "__main__":

@@ -192,20 +192,6 @@ def test_a_step_recorded_once_serves_a_whole_call(policy, monkeypatch):
     assert len(recorded) == 2, "one graph a call"
 
 
-def test_prompts_are_prefilled_within_a_budget_and_for_rows_that_are_there(mistral, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(common, "PREFILL", 24)
-    hook = mistral.base_model.register_forward_pre_hook(
-        lambda _, args, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True
-    )
-    settings = {"k": 2, "max_new_tokens": 5, "eos_ids": EOS}
-    sampled = generate(mistral, PROMPTS, **settings, slots=8)
-    hook.remove()
-    prefills = [tuple(size) for size in sizes if size[1] > 1]
-    assert all(b * t <= 24 and b <= 4 for b, t in prefills) and 1 < len(prefills) < len(PROMPTS)
-    assert sampled == generate_plain(mistral, PROMPTS, **settings)
-
-
 def test_the_policy_has_its_own_attention_back_also_after_an_error(mistral, monkeypatch):
     own = mistral.config._attn_implementation
     monkeypatch.setattr(common, "attend_torch", lambda *_: 1 / 0)
@@ -324,13 +310,6 @@ def test_a_response_ends_with_its_only_eos_or_is_cut(mistral, eos_ids):
         assert ends == [len(ids)] or (ends == [] and len(ids) == 20)
     assert {ids[-1] for ids in responses} >= set(eos_ids), "each EOS ends some response"
     assert {ids[-1] for ids in responses} > set(eos_ids), "and some are cut"
-
-
-def test_max_new_tokens_changes_nothing_but_where_a_response_is_cut(mistral):
-    long = all_responses(mistral, max_new_tokens=20, eos_ids=EOS)
-    for length in (1, 2, 7):
-        assert all_responses(mistral, max_new_tokens=length, eos_ids=EOS) == [ids[:length] for ids in long]
-    assert all_responses(mistral, max_new_tokens=9, eos_ids=range(V)) == [ids[:1] for ids in long]
 
 
 # One token ------------------------------------------------------------------------------------------------------------

@@ -56,15 +56,6 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
     assert stopped.value.code == 2 and said.count("\n") == 1 and words in said
 
 
-def test_micro_tokens_and_checkpointing_trade_memory(seven_b, monkeypatch, capsys):
-    on(monkeypatch, 10**6)
-    found = []
-    for flags in ({}, {"micro_tokens": 4096}, {"checkpointing": False}):
-        common.check_fit(sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", **flags}))
-        found.append(float(capsys.readouterr().out.split(" to train")[0].split()[-1]))
-    assert found[1] < found[0] < found[2]
-
-
 def test_slots_are_as_many_as_memory_holds(seven_b, monkeypatch):
     """A Mistral of 7B keeps 128 KiB a token: 2 x 32 layers x 8 heads x 128 numbers of two bytes."""
     config, size = common.load_config(seven_b)[0], 1024 * 128 * 1024 + 64 * 32000

@@ -9,7 +9,6 @@ from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import common
 import sr_dpo
-from common import read_pair
 from sr_dpo import Args, digit_pairs, refine, refinement, sr_dpo_loss, sr_ipo_loss
 from test_chat import CASES, chat, turns
 
@@ -138,10 +137,6 @@ def test_p_stands_in_front_of_the_last_query(name):
     assert prompt[-1]["content"] == "Second?"  # the prompt itself stays
 
 
-def test_p_in_front_of_a_prompt_of_one_turn():
-    assert refine([{"role": "user", "content": "x"}], "p ") == [{"role": "user", "content": "p x"}]
-
-
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +146,6 @@ def test_digit_pairs_are_wrong_by_known_amounts():
         wrong = [sum(a != b for a, b in zip(pair[name], right, strict=True)) for name in ("chosen", "rejected")]
         assert 1 <= wrong[0] < wrong[1] <= len(right)
         assert pair["gap"] == pytest.approx((wrong[1] - wrong[0]) / len(right))
-
-
-def test_scores_become_a_gap():
-    row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 8.5, "score_rejected": 6}
-    assert read_pair(row)["gap"] == 2.5
-    assert "gap" not in read_pair({name: row[name] for name in ("prompt", "chosen", "rejected")})
 
 
 def rows_of(pairs, **settings):
@@ -276,12 +265,6 @@ def test_every_option_runs(workdir, settings):
     assert (folder / "final").resolve() == (folder / "iter_1/policy").resolve()
 
 
-def test_the_default_job_in_small_learns(workdir, capsys):
-    _, table = run(sr_dpo, limit=400, n_eval=100)
-    assert table[1]["accuracy"] > 0.75 and table[1]["pearson"] > 0.3 and table[1]["marginal"] > 0
-    assert "Its policy: runs/x/final" in capsys.readouterr().out
-
-
 def test_pairs_without_scores_or_with_equal_ones_have_no_correlations(workdir):
     rows = [{"prompt": f"{i}", "chosen": "12", "rejected": "21"} for i in range(40)]
     common.write_jsonl(workdir / "none.jsonl", rows)
@@ -289,13 +272,3 @@ def test_pairs_without_scores_or_with_equal_ones_have_no_correlations(workdir):
     for file in ("same", "none"):
         folder, table = run(sr_dpo, file, pairs=f"{file}.jsonl", n_eval=10, epochs=1)
         assert "pearson" not in table[-1] and "NaN" not in (folder / "metrics.jsonl").read_text()
-
-
-def test_hh_rlhf_shapes_run_without_a_judge(workdir):
-    turns = "\n\nHuman: {}\n\nAssistant: yes\n\nHuman: {}\n\nAssistant:"
-    rows = [{"chosen": turns.format(i, i) + " good", "rejected": turns.format(i, i) + f" bad {i}"} for i in range(12)]
-    common.write_jsonl(workdir / "hh.jsonl", rows)
-    folder, _ = run(sr_dpo, pairs="hh.jsonl", judge="", n_eval=3, epochs=1)
-    pair = lines(folder / "iter_1/pairs.jsonl")[0]
-    assert [m["role"] for m in pair["prompt"]] == ["user", "assistant", "user"]
-    assert [y["text"].split()[0] for y in pair["responses"]] == ["good", "bad"]

@@ -8,7 +8,6 @@ Ito's, and whatever differs in colour differs in style as well. The same figures
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -97,12 +96,6 @@ def draw_gap(axes, results):
     axes.legend(loc="lower left", fontsize=9)
 
 
-def panel(draw, height, results):
-    figure, axes = plt.subplots(figsize=(6, height))
-    draw(axes, results)
-    return figure
-
-
 def overview(results):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.05))
     draw_phase(left, results)
@@ -180,10 +173,11 @@ def bench_rows(results):
     for what, against, tables, figure, mine, theirs in compared:
         time, memory = ratio(tables["time"], figure, mine, theirs), ratio(tables["memory"], "MiB", mine, theirs)
         rows.append({"what": what, "against": against, "time": time, "memory": memory})
-    for against, theirs in (("transformers' generate", "generate"), ("generate_batch", "generate_batch")):
-        time = ratio(generate["spread"], "ours / theirs", "ours", f"transformers {theirs}")  # of speeds
-        rows.insert(-2, {"what": "generate, lengths spread", "against": against, "time": time, "memory": None})
-    return [row for row in rows if row["time"] or row["memory"]]
+    time = ratio(generate["spread"], "ours / theirs", "ours", "transformers generate")  # of speeds
+    rows.insert(
+        -2, {"what": "generate, lengths spread", "against": "transformers' generate", "time": time, "memory": None}
+    )
+    return [row for row in rows if row["time"] or row.get("memory")]
 
 
 def benches(results):
@@ -213,8 +207,7 @@ def benches(results):
     return figure
 
 
-PICTURED = {"overview": overview, "phase": partial(panel, draw_phase, 4.8), "gap": partial(panel, draw_gap, 4.4)}
-PICTURED |= {"learning": learning, "logratios": logratios, "benches": benches}
+PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):

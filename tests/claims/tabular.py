@@ -13,7 +13,6 @@ max over pi' of P(pi' > pi) - 1/2. Where nothing else is said the step is eta = 
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +28,6 @@ from games import (  # before sppo: it says where the scripts are
     dno_step,
     dpo_step,
     gap,
-    generator,
     kl,
     nash_of_cycle,
     play,
@@ -38,11 +36,9 @@ from games import (  # before sppo: it says where the scripts are
     random_policies,
     rock_paper_scissors,
     sampled_sppo_step,
-    soft_policy_iteration,
     sppo_step,
     tensor,
     theory_eta,
-    win_rate,
 )
 
 from sppo import official_prefs
@@ -207,47 +203,6 @@ def monotone(seeds=50, rounds=3, n=5, etas=(0.05, 0.5, 2.0)):
     )
 
 
-def log_z(seeds=5, T=300, k=5, large=10.0, few=3):
-    """The step of the bound for T rounds, and sppo.py's default eta and rounds, which is far larger."""
-    strict = (1 + torch.sign(tensor(1, 0, -1)[:, None] - tensor(1, 0, -1)[None])) / 2
-    games = {"biased": BIASED, "Bradley-Terry": ORDERED, "strict order": strict}
-    P = torch.stack([game for game in games.values() for _ in range(seeds)])
-    start = random_policies(3, range(1, seeds + 1)).repeat(len(games), 1)
-    figures, parts = {}, {}
-    for eta, rounds in ((theory_eta(T, 3), T), (large, few)):
-        steps = {
-            "exact log Z": lambda log_pi, eta=eta: sppo_step(log_pi, P, eta),
-            "eta / 2": lambda log_pi, eta=eta: sppo_step(log_pi, P, eta, "half"),
-            f"estimate, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(log_pi, P, eta, "estimate", k),
-            f"eta / 2, K = {k}": lambda log_pi, eta=eta: sampled_sppo_step(log_pi, P, eta, "half", k),
-        }
-        gaps, setting = {}, f"eta {eta:.2g}, T = {rounds}"
-        z = (torch.logsumexp(start + eta * win_rate(P, start.exp()), -1) / eta).chunk(len(games))
-        figures[f"start, {setting}"] = {f"log Z / eta, {game}": row for game, row in zip(games, z, strict=True)}
-        for name, step in steps.items():
-            policies = play(step, start, rounds)
-            gaps[name] = gap(P, average(policies)).chunk(len(games))
-            last = gap(P, policies[-1].exp()).chunk(len(games))
-            figures[f"{name}, {setting}"] = {f"average's gap, {g}": x for g, x in zip(games, gaps[name], strict=True)}
-            figures[f"{name}, {setting}"] |= {f"last's gap, {g}": x for g, x in zip(games, last, strict=True)}
-        for half, right in (("eta / 2", "exact log Z"), (f"eta / 2, K = {k}", f"estimate, K = {k}")):
-            off = torch.cat(gaps[half]) / torch.cat(gaps[right])
-            near = bool((off.log().abs() < math.log(1.1)).all())
-            parts[f"{setting}: the average's gap with {half} is within 10 % of that with {right}, every run"] = near
-    highest = max(z.max().item() for z in figures[f"start, {setting}"].values())
-    return result(
-        "log_z",
-        "The constant eta / 2 may stand in for log Z, which is between eta / 2 and eta.",
-        f"{SPPO}, eq. 4.5 and 4.7, appendix A",
-        parts,
-        "At small steps log Z is eta / 2 to a percent, whatever the preferences. At the default eta it is more, up to "
-        f"{highest:.2f} eta where they are ordered: targets with eta / 2 are then too high for a policy that sums to "
-        "1, the step that fits them best is shorter, and runs from a bad start lag behind. With K samples steps are "
-        f"{k - 1}/{k} as long, as a sample counts as one of its own opponents.",
-        figures,
-    )
-
-
 def cyclic_judge(seeds=5, T=2000, k=5):
     """SPPO on draws of K from pi_t that the judge sees together; pairwise: P as it is."""
     certain = BIASED + (0.98 - 0.9) * tensor([0, 0, 1], [0, 0, 0], [-1, 0, 0])  # rock beats scissors nearly always
@@ -309,31 +264,6 @@ def cyclic_judge(seeds=5, T=2000, k=5):
     )
 
 
-def soft_policy_iteration_claim(seeds=20, n=5, etas=(0.1, 1.0, 5.0)):
-    """Random games, starts and pair distributions; LBFGS on the shipped loss from the start."""
-    P = torch.stack([random_game(n, seed) for seed in range(1, seeds + 1)])
-    start = random_policies(n, range(1, seeds + 1))
-    seen = torch.stack([torch.rand(n, n, generator=generator(seed), dtype=torch.float64) for seed in range(seeds)])
-    figures = {}
-    for eta in etas:
-        right = soft_policy_iteration(start, P, eta)
-        for name, weight in (("on-policy pairs", None), ("other pairs", seen / seen.sum((1, 2), keepdim=True))):
-            found = dno_exact_step(start, P, eta, weight)
-            figures[f"eta {eta}, {name}"] = {
-                "largest error of log pi, nats": (found - right).abs().amax(-1),
-                "KL from pi_t, nats": kl(right, start),
-            }
-    worst = max(figure["largest error of log pi, nats"].max().item() for figure in figures.values())
-    return result(
-        "soft_policy_iteration",
-        "The minimiser of the exact loss is the soft policy iteration pi_t exp(r_t / eta) / Z.",
-        f"{DNO}, eq. 8 (12) and eq. 9",
-        {"the largest error of any log pi is below 1e-4": worst < 1e-4},
-        "It does not matter which pairs are seen how often, as long as all are.",
-        figures,
-    )
-
-
 # Results -------------------------------------------------------------------------------------------------------------
 
 
@@ -374,9 +304,7 @@ CLAIMS = {
     "average_iterate": average_iterate,
     "intransitive": intransitive,
     "monotone": monotone,
-    "log_z": log_z,
     "cyclic_judge": cyclic_judge,
-    "soft_policy_iteration": soft_policy_iteration_claim,
 }
 
 
