@@ -196,22 +196,20 @@ def tracker(args, run):
         module = importlib.import_module("torch.utils.tensorboard" if board else args.track)
     except ImportError:
         require(False, f"--track {args.track}: it is not installed; pip install {args.track}")
-    writer = module.SummaryWriter(run / "tensorboard") if board else module
-    if not board:
-        same = {"id": run.name} if args.track == "wandb" else {}  # trackio goes by the name
-        module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
+    same = {"id": run.name} if args.track == "wandb" else {}  # trackio goes by the name
+    settings = {"project": "general-preferences", "name": run.name, "config": vars(args), "resume": "allow", **same}
+    writer = module.SummaryWriter(run / "tensorboard") if board else module.init(**settings)
     atexit.register(writer.close if board else module.finish)
 
     def log(kind, values, samples=()):
-        numbers, step = {name: x for name, x in values.items() if isinstance(x, (int, float))}, values["step"]
-        if board:
-            for name, x in numbers.items():
-                writer.add_scalar(f"{kind}/{name}", x, step)
-            for n, (prompt, response) in enumerate(samples):
-                writer.add_text(f"sample {n}", f"{prompt}\n\n{response}", step)
-        else:
+        numbers = {f"{kind}/{name}": x for name, x in values.items() if isinstance(x, (int, float))}
+        if not board:
             table = {"samples": module.Table(columns=["prompt", "response"], data=samples)} if samples else {}
-            module.log({f"{kind}/{name}": x for name, x in numbers.items()} | table, step=step)
+            return module.log(numbers | table, step=values["step"])
+        for name, x in numbers.items():
+            writer.add_scalar(name, x, values["step"])
+        for n, texts in enumerate(samples):
+            writer.add_text(f"sample {n}", "\n\n".join(texts), values["step"])
 
     return log
 
@@ -688,12 +686,9 @@ def load_rows(flag, source, read, limit=0, every=False):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, split = re.fullmatch(r"(.*?)(?::(\w+))?", source, re.DOTALL).groups()
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name.removesuffix(".gz")).suffix)
-    if kind:
-        require(Path(name).is_file() or "://" in name, f"{flag} {source}: no such file")
-    else:
-        found = name and (Path(name).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix))
-        wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
-        require(found, f"{flag} {source!r}: give {wanted}")
+    found = name and (Path(name).exists() if kind else Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w-]+", name))
+    wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
+    require(found or "://" in name, f"{flag} {source!r}: there is none; give {wanted}")
     try:
         if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)

@@ -1,6 +1,6 @@
 """The three methods on a real model and real text, on two CPU cores: what comes out, for better or worse.
 
-    python tests/real_text.py sppo        self-play on questions of AlpacaEval, judged by sentiment
+    python tests/real_text.py sppo        self-play on questions of AlpacaEval and HH-RLHF, judged by sentiment
     python tests/real_text.py dno         the same with the student's own pairs
     python tests/real_text.py sr_dpo      DPO, Sr-DPO, IPO and Sr-IPO on pairs of HH-RLHF; log-probs behind each p
 
@@ -9,11 +9,12 @@ standard deviations over the seeds and write tests/claims/results/real_*.json.
 
 The policy is SmolLM2-135M-Instruct (smollm2.py). The judge of sppo and dno is VADER's sentiment, a lexicon with rules:
 P(y > y') = sigmoid(4 (s - s')), s from -1 to 1. A reader can check it, and so can see when a policy plays it. The
-questions are those of one line and at most 100 characters; each asks for one short sentence, so that less than a tenth
-of the start's answers are cut.
+questions are those of one line, at most 80 characters and no negative word; each asks for one short sentence, so that
+less than a tenth of the start's answers are cut.
 """
 
 import argparse
+import random
 import shlex
 import sys
 import tempfile
@@ -21,20 +22,25 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import measure  # first: it says where the scripts are
+
+# isort: split
 import smollm2
 import torch
 import transformers
 
 import dno
-import measure
 import sppo
 import sr_dpo
 from measure import common
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-DATA = {"sppo": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"}
-DATA |= {"dno": DATA["sppo"], "sr_dpo": "hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz"}
-SELF_PLAY = {"judge": "sentiment", "limit": 208, "n_eval": 64, "iterations": 2, "k": 4}
+ALPACA, HH = (
+    "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json",
+    "hf://datasets/Anthropic/hh-rlhf/harmless-base/test",
+)
+DATA = {"sppo": [ALPACA, f"{HH}.jsonl.gz"], "dno": [ALPACA, f"{HH}.jsonl.gz"], "sr_dpo": [f"{HH}.jsonl.gz"]}
+SELF_PLAY = {"judge": "sentiment", "limit": 384, "n_eval": 64, "iterations": 2, "k": 3}
 OFFLINE = {"judge": "", "limit": 192, "n_eval": 64, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
 SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
 METHODS = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", 0.3), "IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", 0.3)}
@@ -59,16 +65,21 @@ class Sentiment:
         return {"sentiment": self.sentiment(responses).mean().item()}
 
 
-def questions(source, file):
-    """Write those of the prompts in `source` that are questions of one short line, each asking for a short answer."""
-    texts = [prompt[-1]["content"] for prompt in common.load_prompts(source)]
-    kept = [text for text in texts if len(text) <= 100 and text.endswith("?") and "\n" not in text]
-    common.write_jsonl(file, [{"prompt": f"{text} Answer in one short sentence."} for text in kept])
+def questions(sources, file):
+    """Write the questions in `sources` of one short line without a negative word, each asking for a short answer."""
+    score, texts = Sentiment().score, {}
+    for source in sources:
+        texts |= dict.fromkeys(prompt[0]["content"] for prompt in common.load_prompts(source))
+    kept = [x for x in texts if len(x) <= 80 and x.endswith("?") and "\n" not in x and score(x)["neg"] == 0]
+    random.Random(0).shuffle(kept)
+    system = {"role": "system", "content": "Be brief."}  # shorter than the template's own
+    asked = [{"role": "user", "content": f"{text} Answer in one short sentence."} for text in kept]
+    common.write_jsonl(file, [{"prompt": [system, question]} for question in asked])
 
 
-def short_pairs(source, file):
-    """Write the pairs in `source` of one question and two answers of at most 200 characters each."""
-    pairs = common.load_pairs(source)
+def short_pairs(sources, file):
+    """Write the pairs in `sources` of one question and two answers of at most 200 characters each."""
+    pairs = [pair for source in sources for pair in common.load_pairs(source)]
     texts = [(len(pair["prompt"]), *(pair[name] for name in ("chosen", "rejected"))) for pair in pairs]
     kept = [pair for pair, (turns, *ys) in zip(pairs, texts, strict=True) if turns == 1 and max(map(len, ys)) <= 200]
     common.write_jsonl(file, kept)
@@ -113,15 +124,15 @@ def premise(model, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--data", help="a file, or a dataset on the hub; by default the published one")
+    parser.add_argument("--data", nargs="+", help="files, or datasets on the hub; by default the published ones")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args, began = parser.parse_args(), time.time()
     common.JUDGES["sentiment"] = lambda _: Sentiment()
     model = str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
     common.MODELS["smollm2-135m"] = model  # so that the scripts take its recipe
-    file, source = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
-    (short_pairs if args.script == "sr_dpo" else questions)(source, file)
+    file, sources = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
+    (short_pairs if args.script == "sr_dpo" else questions)(sources, file)
     settings = {"model": "smollm2-135m", **SETTINGS[args.script], "device": args.device}
     settings |= {"pairs" if args.script == "sr_dpo" else "prompts": file}
     variants = {args.script: {}}
@@ -139,11 +150,12 @@ def main():
     for name, seeds in tables.items():
         for t, rows in enumerate(zip(*seeds, strict=True)):
             figures = [key for key, value in rows[0].items() if isinstance(value, float) and key != "seconds"]
-            spread = {key: (mean(row[key] for row in rows), stdev(row[key] for row in rows)) for key in figures}
+            lists = {key: [row[key] for row in rows] for key in figures}
+            spread = {key: (mean(v), stdev(v) if len(v) > 1 else 0.0) for key, v in lists.items()}
             print(f"{name} [{t}]", ", ".join(f"{key} {m:.3g} ± {s:.2g}" for key, (m, s) in spread.items()))
     for row in answers:
         print(f"\n{row['prompt']}\n    start: {row['start']}\n    end:   {row['end']}")
-    words = [Path(word).name if word == args.data else word for word in sys.argv[1:]]  # no path
+    words = [Path(word).name if word in (args.data or ()) else word for word in sys.argv[1:]]  # no path
     where = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{measure.cpu()}, {torch.get_num_threads()} threads"
     )

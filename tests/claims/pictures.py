@@ -130,12 +130,24 @@ def learning(results):
 
 
 def logratios(results):
-    """log pi / pi_t of chosen and rejected responses over the training steps, under three methods."""
+    """log pi / pi_t of chosen and rejected responses over the steps of the first iteration: digits, under 3 methods."""
     methods = json.loads((results / "log_ratios.json").read_text())["steps"]
+    return log_ratio_panels({name: list(seeds.values()) for name, seeds in methods.items()})
+
+
+def real(results):
+    """The same of SmolLM2-135M on real text, over all steps."""
+    records = {"SPPO": ("sppo", "sppo"), "DNO": ("dno", "dno"), "DPO": ("sr_dpo", "DPO")}
+    found = {name: json.loads((results / f"real_{file}.json").read_text()) for name, (file, _) in records.items()}
+    return log_ratio_panels({name: found[name]["log_ratios"][key] for name, (_, key) in records.items()})
+
+
+def log_ratio_panels(methods):
+    """methods: {name: for each seed, for each step, [chosen, rejected]}."""
     figure, panels = plt.subplots(1, len(methods), figsize=(10, 3.4), sharey=True, layout="constrained")
     for axes, (name, seeds) in zip(panels, methods.items(), strict=True):
-        steps = min(len(rows) for rows in seeds.values())
-        rows = torch.stack([tensor(*rows[:steps]) for rows in seeds.values()])  # (seeds, steps, 2)
+        steps = min(map(len, seeds))
+        rows = torch.stack([tensor(*rows[:steps]) for rows in seeds])  # (seeds, steps, 2)
         width, bins = max(1, steps // 40), steps // max(1, steps // 40)
         means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
         x = (torch.arange(bins) + 0.5) * width
@@ -207,7 +219,7 @@ def benches(results):
     return figure
 
 
-PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "benches": benches}
+PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "real": real, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):
