@@ -210,6 +210,7 @@ def tracker(args, run):
             writer.add_scalar(name, x, values["step"])
         for n, texts in enumerate(samples):
             writer.add_text(f"sample {n}", "\n\n".join(texts), values["step"])
+        writer.flush()
 
     return log
 

@@ -131,6 +131,16 @@ def test_the_table_of_the_default_jobs_is_the_record():
             assert f"| `{script}.py` | {seed} | {right} | {wins} |" in README
 
 
+def test_the_table_and_the_answers_of_the_real_runs_are_the_records():
+    found = record("real_sppo")
+    for t, rows in enumerate(zip(*found["tables"]["sppo"], strict=True)):
+        for name in ("wins_vs_start", "wins_at_equal_length", "sentiment", "truncated")[0 if t else 2 :]:
+            values = [row[name] for row in rows]
+            assert f"| {mean(values):.3f} ± {stdev(values):.3f} |" in README, (t, name)
+    for answer in found["answers"]:
+        assert all(json.dumps(answer[name], ensure_ascii=False) in TESTS for name in ("start", "end"))
+
+
 ROWS = [row for row in table_rows(CLAIMS, "The papers' claims, in small") if row[0].startswith("`")]
 
 
@@ -152,7 +162,6 @@ def test_no_claim_is_passed_over():
         "real_sppo",
         "real_dno",
         "real_sr_dpo",
-        "real_text",
         "bench_logps",
         "bench_generate",
         "bench_train",
