@@ -1,7 +1,6 @@
 """DNO: its losses by hand and on a game with a known equilibrium, pairs, replay, its steps as the paper writes them."""
 
 import math
-import random
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import transformers
 from steps import TWO, distance, lines, log_pi, run, two_steps
 
 import dno
-from dno import Args, dno_exact_loss, dno_loss, make_pairs, win_rates, with_replay
+from dno import Args, dno_exact_loss, dno_loss, make_pairs, win_rates
 
 
 def tensor(*values):
@@ -204,23 +203,6 @@ def test_the_exact_loss_takes_every_pair_of_different_responses():
     same = row_of(2, gold=False)
     same["responses"][1]["ids"] = [0]
     assert make_pairs([same], [{"win_rate": [0.5, 0.5]}], Args(variant="exact")) == []
-
-
-@pytest.mark.parametrize(
-    ("new", "earlier", "sizes"),
-    [
-        (550, [1000, 1000], [150, 300]),  # 15 %, 30 % and 55 % of 1,000
-        (700, [1000], [300]),
-        (700, [20], [20]),
-        (700, [], []),
-        (0, [1000, 1000], [0, 0]),
-    ],
-)
-def test_replay_proportions(new, earlier, sizes):
-    lists = [[(t, i) for i in range(n)] for t, n in enumerate(earlier)]
-    rows = with_replay(["new"] * new, lists, 0.3, random.Random(0))
-    found = [sum(row != "new" and row[0] == t for row in rows) for t in range(len(earlier))]
-    assert all(abs(a - b) <= 2 for a, b in zip(found, sizes, strict=True))
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------

@@ -295,23 +295,6 @@ def test_top_p_never_leaves_the_nucleus_and_a_tiny_one_is_greedy(mistral):
     assert generate(mistral, PROMPTS, **settings, temperature=0, top_p=0.9, seed=9) == greedy
 
 
-# Responses ------------------------------------------------------------------------------------------------------------
-
-
-def all_responses(policy, **settings):
-    return [ids for row in generate(policy, PROMPTS, k=8, **settings) for ids in row]
-
-
-@pytest.mark.parametrize("eos_ids", [[31], EOS], ids=["one-eos", "four-eos"])
-def test_a_response_ends_with_its_only_eos_or_is_cut(mistral, eos_ids):
-    responses = all_responses(mistral, max_new_tokens=20, eos_ids=eos_ids, slots=16)
-    for ids in responses:
-        ends = [n for n, token in enumerate(ids, 1) if token in eos_ids]
-        assert ends == [len(ids)] or (ends == [] and len(ids) == 20)
-    assert {ids[-1] for ids in responses} >= set(eos_ids), "each EOS ends some response"
-    assert {ids[-1] for ids in responses} > set(eos_ids), "and some are cut"
-
-
 # One token ------------------------------------------------------------------------------------------------------------
 
 BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()  # the largest float32 that may be drawn

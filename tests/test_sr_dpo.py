@@ -182,14 +182,6 @@ def test_what_is_left_out_is_counted(workdir, capsys):
     assert "--pairs: 1 of 2 left out: their responses are equal when cut" in out
 
 
-def test_pairs_of_one_prompt_stay_on_one_side(workdir):
-    pairs = [pair_of(f"{i}", f"{j}", "9999") for i in range(100, 140) for j in range(3)]
-    rows, tokenizer = rows_of(pairs)
-    (part,), held_out = common.split_rows(None, tokenizer, rows, Args(n_eval=8))
-    texts = [{row["prompt"][0]["content"] for row in some} for some in (part, held_out)]
-    assert len(held_out) == 8 and len(part) == 3 * (40 - len(texts[1])) and not texts[0] & texts[1]
-
-
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
