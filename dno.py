@@ -144,7 +144,7 @@ PAPER = {
     "checkpointing": True,
     "learning_rate": 5e-7,
 }
-# What learns at 135 M, as in sppo.py. Not tried at 0.5 B.
+# Taken over from sppo.py, where it learned at 135 M; not tried with this method.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "top_p": 0.9, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"tiny": {}, "mistral-7b": PAPER, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL, "other": PAPER}

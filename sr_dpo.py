@@ -127,7 +127,7 @@ PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1
 }
 HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is supervised on its chosen answers first
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
-# What learns at 135 M, as in sppo.py. Not tried at 0.5 B.
+# Taken over from sppo.py, where it learned at 135 M; not tried with this method.
 SMALL = {"max_prompt_tokens": 160, "max_new_tokens": 64, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL}
