@@ -1416,12 +1416,14 @@ def capture(step, device):
     """`step`, which is run once; on a CUDA GPU as a graph of its kernels: one launch instead of hundreds."""
     if device.type != "cuda":
         return step
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
+    recording = torch.cuda.graph(graph)
+    stream = recording.capture_stream  # the same in all calls: cuBLAS keeps 32 MiB for each stream it has ever seen
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what comes with a first call, like compilation, is no part of a graph
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with recording:
         step()
     return graph.replay
 

@@ -77,20 +77,10 @@ def main():
     training = {"pairs/s": args.pairs / seconds, "TFLOP/s": done / 1e12, "% of it": 100 * done / flops, "peak GB": gb}
     print("training", *(f"{figure:,.1f} {name}" for name, figure in training.items()), sep="   ")
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    sizes |= {
-        "relative_attention": True,
-        "position_buckets": 256,
-        "pos_att_type": ["p2c", "c2p"],
-        "norm_rel_ebd": "layer_norm",
-    }
-    heads = {
-        "vocab_size": 128_100,
-        "type_vocab_size": 0,
-        "position_biased_input": False,
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
-    }
-    net = common.PairRMNet(DebertaV2Config(**sizes, **heads, drop_out=0.0, n_tasks=1)).to(args.device).eval()
+    sizes |= {"vocab_size": 128_100, "type_vocab_size": 0, "position_biased_input": False, "share_att_key": True}
+    relative = {"relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**sizes, **relative, norm_rel_ebd="layer_norm", drop_out=0.0, n_tasks=1)
+    net = common.PairRMNet(config).to(args.device).eval()
     ids = torch.randint(1000, (8, 1000), device=args.device)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         net(ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))

@@ -1,11 +1,12 @@
-"""The three methods on a real model and real text, on two CPU cores: what comes out, for better or worse.
+"""The three methods on a real model and real text: what comes out, for better or worse.
 
     python tests/real_text.py sppo        self-play on questions of AlpacaEval and HH-RLHF, judged by sentiment
     python tests/real_text.py dno         the same with the student's own pairs
     python tests/real_text.py sr_dpo      DPO, Sr-DPO, IPO and Sr-IPO on pairs of HH-RLHF; log-probs behind each p
 
-each for three seeds; --data FILE where the hub cannot be reached, --device cuda for a GPU. They print means and
-standard deviations over the seeds and write tests/claims/results/real_*.json.
+each for three seeds; --data FILE where the hub cannot be reached; --device cuda for a GPU, where it takes more data and
+runs four jobs at a time. They print means and standard deviations over the seeds and write
+tests/claims/results/real_*.json.
 
 The policy is SmolLM2-135M-Instruct (smollm2.py). The judge of sppo and dno is VADER's sentiment, a lexicon with rules:
 P(y > y') = sigmoid(4 (s - s')), s from -1 to 1. A reader can check it, and so can see when a policy plays it. The
@@ -14,11 +15,13 @@ less than a tenth of the start's answers are cut.
 """
 
 import argparse
+import multiprocessing
 import random
 import shlex
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -41,8 +44,15 @@ ALPACA, HH = (
 )
 DATA = {"sppo": [ALPACA, f"{HH}.jsonl.gz"], "dno": [ALPACA, f"{HH}.jsonl.gz"], "sr_dpo": [f"{HH}.jsonl.gz"]}
 SELF_PLAY = {"judge": "sentiment", "limit": 384, "n_eval": 64, "iterations": 2, "k": 3}
-OFFLINE = {"judge": "", "limit": 192, "n_eval": 64, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
-SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
+OFFLINE = {"judge": "", "limit": 192, "n_eval": 48, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
+SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "limit": 300, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
+LARGE = {"limit": 0, "n_eval": 200}  # on a GPU; all of the data
+LARGE = {
+    "sppo": {**LARGE, "iterations": 3, "k": 5},
+    "dno": {**LARGE, "iterations": 3, "k": 5},
+    "sr_dpo": {**LARGE, "max_prompt_tokens": 512, "max_new_tokens": 160, "micro_tokens": 8192},
+}
+SIZES = {"cpu": (1, 200), "cuda": (3, 500)}  # turns of a pair's prompt, characters of its answers: at most
 METHODS = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", 0.3), "IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", 0.3)}
 
 
@@ -77,16 +87,18 @@ def questions(sources, file):
     common.write_jsonl(file, [{"prompt": [system, question]} for question in asked])
 
 
-def short_pairs(sources, file):
-    """Write the pairs in `sources` of one question and two answers of at most 200 characters each."""
+def short_pairs(sources, file, turns, longest):
+    """Write the pairs in `sources` of at most so many turns, and answers of at most so many characters."""
     pairs = [pair for source in sources for pair in common.load_pairs(source)]
     texts = [(len(pair["prompt"]), *(pair[name] for name in ("chosen", "rejected"))) for pair in pairs]
-    kept = [pair for pair, (turns, *ys) in zip(pairs, texts, strict=True) if turns == 1 and max(map(len, ys)) <= 200]
+    kept = [pair for pair, (n, *ys) in zip(pairs, texts, strict=True) if n <= turns and max(map(len, ys)) <= longest]
     common.write_jsonl(file, kept)
 
 
-def run(script, settings, seed, name):
+def run(script, settings, seed, name, model):
     """(metrics of each iterate, [chosen, rejected] log-ratio of each step, five answers of start and end)."""
+    common.JUDGES["sentiment"] = lambda _: Sentiment()
+    common.MODELS["smollm2-135m"] = model  # so that the scripts take its recipe
     argv = [f"--{key}={value}" for key, value in {**settings, "seed": seed, "name": name}.items()]
     module = SCRIPTS[script]
     common.cli(module.main, module.Args, module.RECIPES, module.__doc__, argv)
@@ -102,9 +114,9 @@ def run(script, settings, seed, name):
     return table, log_ratios, answers
 
 
-def premise(model, file):
+def premise(model, file, device):
     """Mean log-probs of chosen and rejected answers behind each of the named prompts, less those without: 96 pairs."""
-    policy, tokenizer = common.load_policy(model)
+    policy, tokenizer = common.load_policy(model, device)
     found, plain = {}, None
     for name, p in {"none": "", **sr_dpo.REFINE_PROMPTS}.items():
         args = sr_dpo.Args(refine_prompt=p or "none", max_prompt_tokens=999, max_new_tokens=96)
@@ -128,20 +140,26 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args, began = parser.parse_args(), time.time()
-    common.JUDGES["sentiment"] = lambda _: Sentiment()
-    model = str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
-    common.MODELS["smollm2-135m"] = model  # so that the scripts take its recipe
+    cuda, model = args.device == "cuda", str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
     file, sources = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
-    (short_pairs if args.script == "sr_dpo" else questions)(sources, file)
-    settings = {"model": "smollm2-135m", **SETTINGS[args.script], "device": args.device}
+    short_pairs(sources, file, *SIZES[args.device]) if args.script == "sr_dpo" else questions(sources, file)
+    settings = {"model": "smollm2-135m", **SETTINGS[args.script], **(LARGE[args.script] if cuda else {})}
+    settings |= {"device": args.device}
     settings |= {"pairs" if args.script == "sr_dpo" else "prompts": file}
     variants = {args.script: {}}
     if args.script == "sr_dpo":
         variants = {name: {"loss": loss, "lam": lam} for name, (loss, lam) in METHODS.items()}
     stamp, tables, log_ratios, answers = time.strftime("%Y%m%d-%H%M%S"), {}, {}, []
-    for seed in range(1, args.seeds + 1):
-        for name, more in variants.items():
-            table, steps, some = run(args.script, {**settings, **more}, seed, f"real-{stamp}-{name.lower()}-s{seed}")
+    jobs = [(seed, name) for seed in range(1, args.seeds + 1) for name in variants]
+    with ProcessPoolExecutor(4 if cuda else 1, multiprocessing.get_context("spawn")) as pool:
+        running = [
+            pool.submit(
+                run, args.script, {**settings, **variants[name]}, seed, f"real-{stamp}-{name.lower()}-s{seed}", model
+            )
+            for seed, name in jobs
+        ]
+        for (seed, name), job in zip(jobs, running, strict=True):
+            table, steps, some = job.result()
             tables.setdefault(name, []).append(table)
             log_ratios.setdefault(name, []).append(steps)
             answers += some if seed == 1 and args.script != "sr_dpo" else []
@@ -156,16 +174,16 @@ def main():
     for row in answers:
         print(f"\n{row['prompt']}\n    start: {row['start']}\n    end:   {row['end']}")
     words = [Path(word).name if word in (args.data or ()) else word for word in sys.argv[1:]]  # no path
-    where = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{measure.cpu()}, {torch.get_num_threads()} threads"
-    )
+    where = torch.cuda.get_device_name() if cuda else f"{measure.cpu()}, {torch.get_num_threads()} threads"
     result = {"command": shlex.join(["python", "tests/real_text.py", *words]), "date": time.strftime("%Y-%m-%d")}
     result |= {"where": f"{where}; torch {torch.__version__}, transformers {transformers.__version__}"}
     result |= {"seeds": args.seeds, "minutes per seed": minutes, "settings": {**settings, "model": "smollm2-135m"}}
     result["settings"] = {key: str(value) for key, value in result["settings"].items()}
     result |= {"tables": tables, "log_ratios": log_ratios, "answers": answers}
     if args.script == "sr_dpo":
-        result["behind p, less without"] = premise(model, str(file))
+        result["behind p, less without"] = premise(model, str(file), args.device)
+        for name, figures in result["behind p, less without"].items():
+            print(f"behind {name!r}, less without:", ", ".join(f"{key} {x:+.2f}" for key, x in figures.items()))
     measure.write(f"real_{args.script}", result)
 
 

@@ -158,7 +158,6 @@ def test_no_claim_is_passed_over():
     recorded = {file.stem for file in (ROOT / "tests" / "claims" / "results").glob("*.json")}
     others = {
         "default",
-        "compare",
         "real_sppo",
         "real_dno",
         "real_sr_dpo",

@@ -135,7 +135,6 @@ DPO |= {"epochs": 3, "batch_size": 16, "learning_rate": 2e-4, **SHORT}
 OFFLINE = {"iterations": 1, "batch_size": 90}
 OFFERED = {"DPO": ("sr_dpo", {"lam": 0.0}), "Sr-DPO": ("sr_dpo", {})}
 BEHIND = "accuracy behind p, less accuracy"
-MEASURES = ["accuracy", "accuracy_p", "marginal", "pearson", "spearman", "kendall", "delta", "kl", "tokens"]
 LAMBDAS = (0.0, 0.1, 0.3, 0.5, 1.0)
 
 
@@ -153,12 +152,6 @@ CLAIMS = {
         "README.md",
         {"sppo": ("sppo", {}), "dno": ("dno", {}), "sr_dpo": ("sr_dpo", {})},
         {**QUALITY, "seconds": total("seconds")},
-    ),
-    "compare": Claim(
-        "No claim: DPO, Sr-DPO, IPO and Sr-IPO on the same pairs",
-        "README.md",
-        {**OFFERED, "IPO": ("sr_dpo", {"loss": "sr_ipo", "lam": 0.0}), "Sr-IPO": ("sr_dpo", {"loss": "sr_ipo"})},
-        {**QUALITY, "exact match of the start": of("exact_match", 0), **{name: of(name) for name in MEASURES}},
     ),
     "log_ratios": Claim(
         "SPPO lifts the winner's log-ratio above 0, while DPO lowers the winner's and the loser's",
@@ -188,14 +181,6 @@ CLAIMS = {
         {**QUALITY, "pairs": total("pairs"), "seconds": total("seconds")},
         [no_worse("K = 2", "K = 5")],
         reading="K = 2 has fewer pairs: two samples tie more often than the best and the worst of five.",
-    ),
-    "margins": Claim(
-        "Pairs with a large margin are better than all pairs (11.60 against 9.60)",
-        "DNO, arXiv 2404.03715, filtering of pairs",
-        {"large margins": DNO, "all pairs": ("dno", {"variant": "all"})},
-        {**QUALITY, **PAIRS},
-        [better("large margins", "all pairs")],
-        reading="This judge makes no mistakes, so pairs with a small margin are no noise. In the paper they may be.",
     ),
     "teacher": Claim(
         "DNO is better than DNO-Restrictive and than SPIN (24.97 against 19.21 and 16.13)",
