@@ -1,5 +1,6 @@
 """What sppo.py, dno.py and sr_dpo.py share, in the order in which a run needs it.
 
+    0. Several GPUs               data parallel under torchrun; to be skipped by who has one
     1. Command line, run folder   flags -> dataclass, one-line errors, files that survive a kill, "does it fit?"
     2. Log-probs                  response_logps: log pi(y|x); token_logps: the fused kernel, in torch and in Triton
     3. Optimiser                  SplitMaster: RMSprop for bf16 weights with an exact float32 master
@@ -34,12 +35,14 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy
 import tokenizers
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -60,12 +63,84 @@ if not sys.stderr.isatty():
     transformers.logging.disable_progress_bar()
 
 
+# 0. Several GPUs: torchrun --nproc_per_node N sppo.py ... With one, nothing here does anything. -----------------------
+
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def ranks():
+    """Each rank has the whole policy and does every RANKS-th row of all work. Rank 0 alone writes files and speaks.
+
+    All ranks must reach the functions of this section in the same order. They share a file system. At an error the
+    lowest rank that has one says so; the higher ones, and those that lost another, wait for torchrun to end them.
+    """
+    if RANKS > 1:
+        dist.init_process_group(timeout=timedelta(days=1))  # gloo for the CPU, nccl for CUDA; a judge may take its time
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        yield
+    except BaseException as error:
+        if RANKS > 1 and not isinstance(error, SystemExit):
+            time.sleep(5 * RANK + 5)
+            sys.stderr = sys.__stderr__
+        raise
+    if RANKS > 1:
+        dist.destroy_process_group()
+
+
+def from_rank0(make):
+    """make() of rank 0, on all ranks."""
+    value = [None if RANK else make()]
+    if RANKS > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def gather(hand):
+    """The whole list, on all ranks, of which each rank has the items [RANK::RANKS]."""
+    hands = [hand]
+    if RANKS > 1:
+        dist.all_gather_object(hands := [None] * RANKS, hand)
+    return [hands[i % RANKS][i // RANKS] for i in range(sum(map(len, hands)))]
+
+
+def shared(make, rows):
+    """make(rows) -> as many results, on all ranks, where each makes those of its rows."""
+    with contextlib.redirect_stdout(sys.__stdout__ if RANK else sys.stdout):  # what a rank says of its own rows
+        return gather(make(rows[RANK::RANKS]) if rows[RANK:] else [])
+
+
+def add_up(policy, *columns):
+    """Give all ranks the sum of their gradients, in the gradients' own dtype, and the rows of all in each column.
+
+    columns: lists of tensors with a row per pair -> tensors. On one GPU they are joined, and that is all.
+    """
+    if RANKS == 1:
+        return [torch.cat(column) for column in columns]
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # None on a rank without a pair
+        dist.all_reduce(p.grad)
+    return [torch.tensor(gather([row for part in column for row in part.tolist()])) for column in columns]
+
+
+def check_ranks(policy):
+    """Exit unless all ranks have the same policy, to the bit."""
+    tensors = [*policy.parameters(), *master_remainders(policy).values()] if RANKS > 1 else []
+    sums = gather([[x.detach().view(torch.int16).sum(dtype=torch.int64).item() for x in tensors]])
+    require(sums == sums[:1] * RANKS, "the ranks' policies are no longer the same; --resume, on equal GPUs")
+
+
 # 1. Command line, run folder ------------------------------------------------------------------------------------------
 
 
 def require(condition, message):
     """Bad input: unless `condition` holds, exit with code 2 and one line that names the flag and the remedy."""
     if not condition:
+        if RANK:  # so that of the ranks that see it the lowest one speaks
+            time.sleep(5 * RANK)
+            sys.stderr = sys.__stderr__
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -84,6 +159,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Every flag with its default, under the script's docstring as it is written."""
 
 
+@ranks()
 def cli(main, args_class, recipes, description, argv=None):
     """Parse and check the command line, say what the run takes, and call main(args).
 
@@ -121,19 +197,24 @@ def cli(main, args_class, recipes, description, argv=None):
         low, high = LIMITS.get(name, (0, 10**9))
         number = isinstance(value, (int, float))
         require(not number or low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use --device cpu")
+    here = int(os.environ.get("LOCAL_RANK", 0))  # which of this machine's GPUs
+    enough = args.device != "cuda" or here < torch.cuda.device_count()
+    require(enough, f"--device cuda: {torch.cuda.device_count() or 'no'} CUDA GPU here; use --device cpu")
+    if args.device == "cuda" and RANKS > 1:
+        torch.cuda.set_device(here)
     plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", args.name or "a", re.ASCII)
     require(plain, f"--name {args.name!r}: use at most 100 letters, digits and . _ + -")
     for name, value in vars(args).items():
         same = name in FREE or begun.get(name, value) == value
         require(same, f"--{name} {value}: {args.resume} was begun with {begun.get(name)}; leave the flag out")
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
-    args.name = args.name or f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.name = args.name or from_rank0(lambda: f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     run = Path(args.resume or f"runs/{args.name}")
-    there = args.resume or {path.name for path in run.glob("*")} <= {"config.json.part"}  # of a kill at the start
+    there = args.resume or from_rank0(lambda: {x.name for x in run.glob("*")} <= {"config.json.part"})  # a killed start
     require(there, f"--name {args.name}: {run} is there; take another, or --resume {run}")
     task = "sort the digits of the prompt" if args.judge == "digits" else f"please the judge, {args.judge or 'none'}"
-    print(f"{script} on {args.model}, seed {args.seed}, on {args.device}. The task: {task}.")
+    where = args.device + f", {RANKS} ranks" * (RANKS > 1)
+    print(f"{script} on {args.model}, seed {args.seed}, on {where}. The task: {task}.")
     if args.model == "tiny":
         torch.set_num_threads(1)  # so small a model gains nothing from more, and on a busy machine they wait
     try:
@@ -145,21 +226,24 @@ def cli(main, args_class, recipes, description, argv=None):
         print(f"\n{script}.py: interrupted{further}", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        memory = f"{str(error).split('. ')[0]}; go on with --resume and lower --slots or --micro_tokens"
+        memory = (
+            f"rank {RANK}: " * (RANKS > 1)
+            + f"{str(error).split('. ')[0]}; go on with --resume and lower --slots or --micro_tokens"
+        )
         require(not isinstance(error, torch.OutOfMemoryError), memory)
         require("non-finite" not in str(error), "a gradient is not finite; lower --learning_rate or --max_grad_norm")
         raise
     except OSError as error:  # a full disk, a folder that cannot be written
         require(False, error)
     finally:
-        if not args.resume and not list(run.glob("iter_*")):
+        if not RANK and not args.resume and not list(run.glob("iter_*")):
             shutil.rmtree(run, ignore_errors=True)  # a failed start must not block the corrected command
 
 
 def read_config(folder):
     """config.json of the run in `folder`: its script, flags and versions."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(from_rank0(lambda: (Path(folder) / "config.json").read_text(encoding="utf-8")))
         require({"script", "versions"} <= config.keys(), f"--resume {folder}: its config.json is not of a run")
         return config
     except (OSError, ValueError, AttributeError) as error:
@@ -189,7 +273,7 @@ def start_run(args, file):
 
 def tracker(args, run):
     """log(kind, values, samples=()): send numbers, at values["step"], and samples [prompt, response] to --track."""
-    if not args.track:
+    if RANK or not args.track:
         return lambda *_: None
     board = args.track == "tensorboard"
     try:
@@ -249,9 +333,12 @@ def finish_iterate(run, table, log, metrics, policy=None, tokenizer=None, steps=
     if policy:
         write_jsonl(folder / "pairs.jsonl", pairs)
         write_jsonl(folder / "steps.jsonl", steps)
+        check_ranks(policy)
         save_policy(policy, tokenizer, folder / "policy")
     table.append({"iterate": t, "step": steps[-1]["step"] if steps else 0, **metrics})
     write_jsonl(run / "metrics.jsonl", table)
+    if RANK:
+        return
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     numbers = [(name, value) for name, value in metrics.items() if isinstance(value, (int, float))]
     plain = {name: name + (" {:,}" if isinstance(value, int) else " {:.3g}") for name, value in numbers}
@@ -265,6 +352,8 @@ def finish_run(run, table, best):
     """Make runs/NAME/final and outputs.json those of the iterate `best`, and say what came out."""
     remedy = "raise --k, --temperature or --max_new_tokens, in dno.py lower --margin or --min_score"
     require(len(table) > 1, f"no pair to train on, as all responses tie or differ too little; {remedy}")
+    if RANK:
+        return
     final, t = run / "final", best["iterate"]
     require(
         (run / f"iter_{t}" / "policy").exists(), f"{run}/iter_{t}/policy is gone, which is the best; begin a new run"
@@ -285,6 +374,8 @@ def finish_run(run, table, best):
 
 def write(path, text):
     """Write a text file, whole or not at all."""
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -303,8 +394,9 @@ def write_jsonl(path, rows):
 
 def read_jsonl(path):
     """The rows of a .jsonl file, [] where there is none. A last line that a kill cut short is no row."""
+    text = from_rank0(lambda: path.read_text(encoding="utf-8") if path.exists() else "")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+        return [json.loads(line) for line in text.split("\n")[:-1]]
     except ValueError as error:
         require(False, f"{path}: damaged ({error}); remove it, and --resume makes it anew")
 
@@ -327,7 +419,7 @@ def cached(path, items, make, chunk=1024):
     Rows that are there are not made again. So a killed run goes on from its last chunk, and rows that another program
     wrote there are taken for this run's, if they are whole and have their items' values.
     """
-    rows, sampled = read_jsonl(path), path.name == "responses.jsonl"
+    rows, sampled, chunk = read_jsonl(path), path.name == "responses.jsonl", chunk * RANKS
     try:
         pairs = zip(rows, items, strict=False)
         fits = len(rows) <= len(items) and all(belongs(row, item, rows[0], sampled) for row, item in pairs)
@@ -335,13 +427,14 @@ def cached(path, items, make, chunk=1024):
         fits = False
     require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
     samples = path.with_name("responses.jsonl")
-    if path.name == "preferences.jsonl" and path.exists() and samples.stat().st_mtime > path.stat().st_mtime:
+    newer = from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime)
+    if path.name == "preferences.jsonl" and newer:
         rows = []  # of samples that have been replaced
     if not path.exists() or not path.read_bytes().endswith(b"\n") or not rows:
         write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
-        new = make(items[i : i + chunk])
-        with open(path, "a", encoding="utf-8") as file:
+        new = shared(make, items[i : i + chunk])
+        with open(os.devnull if RANK else path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in new))
         rows += new
     return rows
@@ -558,22 +651,23 @@ def pair_logps(policy, pairs, prompt_ids="prompt_ids"):
     return response_logps(policy, prompts, responses).view(len(pairs), -1)
 
 
+def padded_tokens(pair):
+    longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
+    return longest * len(pair["responses"])
+
+
 def micro_batches(policy, pairs, max_tokens):
     """Cut pairs, the short ones first, into lists that fit into memory: of pairs, or of a single one that is larger.
 
-    A list has at most `max_tokens` tokens, padded, and at most SLOPES bytes of slopes, response tokens x vocabulary.
+    Each rank gets its own. A list has, padded, at most `max_tokens` tokens, and SLOPES bytes of slopes: response tokens
+    x vocabulary.
     """
     weight = policy.get_output_embeddings().weight
     most = SLOPES[weight.device.type] // (weight.dtype.itemsize * len(weight))  # response tokens
     batches, answered = [], 0
-
-    def tokens(pair):
-        longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
-        return longest * len(pair["responses"])
-
-    for pair in sorted(pairs, key=tokens):
+    for pair in sorted(pairs, key=padded_tokens)[RANK::RANKS]:
         n = sum(len(y["ids"]) for y in pair["responses"])
-        if not batches or (len(batches[-1]) + 1) * tokens(pair) > max_tokens or answered + n > most:
+        if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + n > most:
             batches.append([])
             answered = 0
         batches[-1].append(pair)
@@ -584,9 +678,10 @@ def micro_batches(policy, pairs, max_tokens):
 @torch.no_grad()
 def add_logps(policy, pairs, name, max_tokens, prompt_ids="prompt_ids"):
     """Put the log-probs of its responses under `policy` into each of `pairs`, as `name`: a list of floats, nats."""
-    for part in tqdm(micro_batches(policy, pairs, max_tokens), desc=name, leave=False, disable=None):
-        for pair, logps in zip(part, pair_logps(policy, part, prompt_ids).tolist(), strict=True):
-            pair[name] = logps
+    parts = tqdm(micro_batches(policy, pairs, max_tokens), desc=name, leave=False, disable=None)
+    rows = gather([logps for part in parts for logps in pair_logps(policy, part, prompt_ids).tolist()])
+    for pair, logps in zip(sorted(pairs, key=padded_tokens), rows, strict=True):
+        pair[name] = logps
 
 
 # 3. Optimiser ---------------------------------------------------------------------------------------------------------
@@ -981,7 +1076,7 @@ def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), cha
 def same_as_begun(args, what, value):
     """Exit where config.json of the run has the hash of another `value` by the name `what`; keep it if it has none."""
     folder = Path(args.resume or f"runs/{args.name}")
-    if (folder / "config.json").exists():
+    if from_rank0((folder / "config.json").exists):
         config = read_config(folder)
         mark = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
         known = config.setdefault("fingerprints", {}).setdefault(what, mark)
@@ -1062,7 +1157,7 @@ QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_
 
 def load_config(name):
     """(configuration, folder or hub id) of --model, without its weights."""
-    path = make_tiny() if name == "tiny" else MODELS.get(name, name)
+    path = from_rank0(make_tiny) if name == "tiny" else MODELS.get(name, name)
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
     found = name and (Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)))
@@ -1170,6 +1265,8 @@ def save_policy(policy, tokenizer, folder):
 
     The folder is whole or not there at all.
     """
+    if RANK:
+        return
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     policy.save_pretrained(part)
@@ -1193,7 +1290,7 @@ class Checkpoint:
 
     def load(self):
         """Go back to where the file was written. Returns the steps done, [] where there is no file."""
-        if not self.file.exists():
+        if not from_rank0(self.file.exists):
             return []
         try:
             state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
@@ -1209,7 +1306,7 @@ class Checkpoint:
 
     def save(self, steps, now=False):
         """Write the file if the last one is `minutes` old, or `now`."""
-        if not now and time.time() - self.saved < 60 * self.minutes:
+        if RANK or (not now and time.time() - self.saved < 60 * self.minutes):
             return
         state = {"policy": self.policy.state_dict(), "remainders": master_remainders(self.policy), "steps": steps}
         state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
@@ -1409,7 +1506,7 @@ def free_memory(device):
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def capture(step, device):
@@ -1810,7 +1907,8 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
         same = [row.get("prompt") for row in known] == asked
         require(same, f"{run}/iter_{i}/answers.jsonl: damaged: its rows are not the answers to the held-out prompts")
     can = [row for row in held_out if "prompt_ids" in row]  # not all of --eval_prompts: their place stays, without text
-    answered = iter(sample(policy, tokenizer, can, 1, f"{args.seed} evaluate {t}", args))
+    draw = partial(sample, policy, tokenizer, k=1, seed=f"{args.seed} evaluate {t}", args=args)
+    answered = iter(shared(draw, can))
     rows = [next(answered) if "prompt_ids" in row else {**row, "responses": [{"text": ""}]} for row in held_out]
     shown = [row for row in rows if "benchmark" in row] or rows
     texts = [(plain_text(row["prompt"]), row["responses"][0]["text"], run.name) for row in shown]
@@ -1827,8 +1925,12 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     if judge and earlier:
         answers = [[row["responses"][0] for row in same] for same in zip(*earlier, rows, strict=True)]  # oldest first
         ranked = [{"prompt": x, "responses": same} for x, same in zip(prompts, answers, strict=True)]
-        parts = [ranked[i : i + 64] for i in range(0, len(ranked), 64)]
-        wins = torch.cat([preferences(judge, part)[:, -1, :-1] for part in parts])  # (B, t), against each earlier one
+
+        def against_each(some):
+            parts = [preferences(judge, some[i : i + 64])[:, -1, :-1] for i in range(0, len(some), 64)]
+            return torch.cat(parts).tolist()
+
+        wins = torch.tensor(shared(against_each, ranked))  # (B, t), against each earlier one
         metrics["wins_vs_start"], metrics["se"] = wins[:, 0].mean().item(), (wins[:, 0].std() / len(wins) ** 0.5).item()
         # Judges like length. At equal length: the intercept of a line through wins over (len - len') / (len + len').
         now, then = (numpy.array([len(same[i]["ids"]) for same in answers]) for i in (-1, 0))

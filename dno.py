@@ -50,6 +50,7 @@ from transformers.hf_argparser import HfArg
 from common import (
     Checkpoint,
     add_logps,
+    add_up,
     cached,
     cli,
     evaluate,
@@ -312,13 +313,14 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
+            losses, log_ratios = add_up(policy, losses, log_ratios)  # those of all ranks, under torchrun
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            log_ratio = torch.cat(log_ratios).mean(0)  # (responses,), best first
-            row |= {"loss": torch.cat(losses).mean().item(), "grad_norm": grad_norm.item()}
+            log_ratio = log_ratios.mean(0)  # (responses,), best first
+            row |= {"loss": losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
             steps.append(row)
             log("train", row)

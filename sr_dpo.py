@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 from common import (
     Checkpoint,
     add_logps,
-    cached,
+    add_up,
     cli,
     digit_prompts,
     encode_rows,
@@ -276,15 +276,13 @@ def main(args):
     pairs = digit_pairs(args.limit or 5632, args.seed) if builtin else load_pairs(args.pairs, args.limit)
     (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
-    # the start's log-probs, which `measure` compares with
-    scored = cached(run / "iter_0" / "held_out.jsonl", scored, lambda some: add_both(policy, some, "ref_logps", args))
     if not table:
         finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
     for t in range(len(table), 2):  # one iteration, as the pairs are given; none if --resume finds it done
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
         # log pi_ref of x and p + x, before the first update and any checkpoint: the policy is still pi_ref
-        add_both(policy, pairs, "ref_logps", args)
+        add_both(policy, pairs + scored, "ref_logps", args)
 
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
         loss_of, beta = (sr_dpo_loss, args.beta) if args.loss == "sr_dpo" else (sr_ipo_loss, args.beta_ipo)
@@ -312,15 +310,18 @@ def main(args):
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
                 deltas.append(delta)
+            losses, log_ratios, deltas = add_up(
+                policy, losses, log_ratios, deltas
+            )  # those of all ranks, under torchrun
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            log_ratio = torch.cat(log_ratios).mean(0)  # (responses,), best first
-            row |= {"loss": torch.cat(losses).mean().item(), "grad_norm": grad_norm.item()}
+            log_ratio = log_ratios.mean(0)  # (responses,), best first
+            row |= {"loss": losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
-            row |= {"delta": torch.cat(deltas).mean().item()}
+            row |= {"delta": deltas.mean().item()}
             steps.append(row)
             log("train", row)
             checkpoint.save(steps)

@@ -105,7 +105,7 @@ def result(folder):
 def small_chunks(monkeypatch):
     """So that samples and preferences have moments in which they are half done."""
     whole = common.cached
-    for script, _ in JOBS.values():
+    for script in (sppo, dno):
         monkeypatch.setattr(script, "cached", lambda path, items, make, chunk=0: whole(path, items, make, 4))
 
 

@@ -17,7 +17,7 @@ import sppo
 import sr_dpo
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-NAMES = {"sppo": 17, "dno": 18, "sr_dpo": 18}  # at most so many from common
+NAMES = {"sppo": 18, "dno": 19, "sr_dpo": 18}  # at most so many from common
 
 # Flags that say otherwise in another script, as they are about pairs there, or of another method.
 OTHER_WORDS = {"judge", "limit", "n_eval", "max_prompt_tokens", "eta", "batch_size"}
