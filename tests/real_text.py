@@ -184,7 +184,7 @@ def main():
         result["behind p, less without"] = premise(model, str(file), args.device)
         for name, figures in result["behind p, less without"].items():
             print(f"behind {name!r}, less without:", ", ".join(f"{key} {x:+.2f}" for key, x in figures.items()))
-    measure.write(f"real_{args.script}", result)
+    measure.write(f"real_{args.script}" + "_cuda" * cuda, result)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,13 @@ REFUSED = {  # and a word of the reason
     "Mamba": "linear_attention",
     "Rwkv": "AttentionInterface",
     "Falcon": "AttentionInterface",
+    "GPTNeo": "local",
 }
 
 
+LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 10}
 MORE = {"Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, "GptOss": {"head_dim": 8}}
+MORE["GPTNeo"] = {**LOCAL, "num_hidden_layers": 2}
 
 
 def build(name, dtype, **more):

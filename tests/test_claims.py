@@ -41,11 +41,15 @@ def test_dpo_finds_its_reward_where_there_is_one():
         torch.testing.assert_close(games.dpo_step(START, ordered, 0.5, sampler), right, atol=1e-5, rtol=0)
 
 
-def test_the_average_iterate_still_holds_with_fewer_seeds_and_rounds():
+def test_the_average_iterate_reaches_nash_on_an_intransitive_game():
+    """Theorem 4.1: with eta ~ 1 / sqrt(T) the average's duality gap is O(1 / sqrt(T)). The last iterate may cycle."""
     recorded = json.loads((CLAIMS / "results/average_iterate.json").read_text())
     found = games.average_iterate(2, (10, 30, 100, 200, 400))
     assert found["verdict"] == recorded["verdict"] == "holds", found["parts"]
     assert found["parts"].keys() == recorded["parts"].keys()
+    start = torch.log_softmax(tensor([0.5, 0.0, -0.5]), -1)
+    policies = games.play(lambda log_pi: games.sppo_step(log_pi, BIASED, 0.15, "half"), start, 3000)
+    assert (games.average(policies) - NASH).abs().max() < 0.02 < 0.1 < (policies[-1].exp() - NASH).abs().max()
 
 
 # Over three seeds A - B is 2, 3, 4: mean 3, standard deviation 1; t of two degrees of freedom is 4.303. The numbers
@@ -96,9 +100,7 @@ def test_pictures_are_drawn_from_the_records(tmp_path, monkeypatch, capsys):
     play = pictures.play
     monkeypatch.setattr(pictures, "play", lambda step, start, T: play(step, start, min(T, 20)))
     pictures.main(CLAIMS / "results", tmp_path / "all")
-    recorded = [(CLAIMS / f"results/real_{script}.json").exists() for script in ("sppo", "dno", "sr_dpo")]
-    drawn = set(pictures.PICTURED) - ({"real"} if not all(recorded) else set())
-    assert {path.stem for path in (tmp_path / "all").iterdir()} == drawn
+    assert {path.stem for path in (tmp_path / "all").iterdir()} == set(pictures.PICTURED)
     pictures.main(CLAIMS / "results", tmp_path / "again")
     for path in (tmp_path / "all").iterdir():  # the same figures, the same bytes
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()

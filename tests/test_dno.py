@@ -106,27 +106,6 @@ def test_monotone_improvement(eta):
         assert new.exp() @ GAME @ log_pi_t.exp() >= 0.5 + eta * kl - 1e-12
 
 
-def average_iterate(T):
-    """T iterations of self-play, the shipped loss minimised by steps that bound its curvature from above."""
-    eta, theta, total = math.sqrt(T) / 8, tensor(0.5, 0.0, -0.5), torch.zeros(3, dtype=torch.float64)
-    for _ in range(T):
-        log_pi_t = torch.log_softmax(theta, 0)
-        r = GAME @ log_pi_t.exp()
-        total += log_pi_t.exp()
-        for _ in range(4):
-            theta.requires_grad_()
-            (gradient,) = torch.autograd.grad(exact_loss(theta, log_pi_t, r, eta), theta)
-            theta = theta.detach() - gradient * 4 / (3 * eta**2)  # the Hessian is at most eta^2 / 4 (3 I - 1 1^T)
-    return total / T
-
-
-def test_the_average_iterate_of_exact_dno_reaches_nash():
-    policies = [average_iterate(T) for T in (30, 300, 2000)]
-    assert (policies[-1] - NASH).abs().max() < 0.03
-    short, middle, long = ((GAME @ policy).max().item() - 0.5 for policy in policies)  # duality gaps
-    assert short > 2 * middle > 4 * long > 0
-
-
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from statistics import mean, stdev
 
 import pytest
@@ -67,7 +68,9 @@ def test_line_counts():
 def commands():
     """(script, its words) of every command of a script, in blocks and within sentences."""
     text = (README + TESTS + CLAIMS).replace("\\\n", " ")
-    found = re.findall(r"(?:^|`)python ((?:sppo|dno|sr_dpo)\.py(?: [^`\n&#]*)?)", text, re.M)
+    found = re.findall(
+        r"(?:^|`)(?:python|torchrun --nproc_per_node 8) ((?:sppo|dno|sr_dpo)\.py(?: [^`\n&#]*)?)", text, re.M
+    )
     return sorted({tuple(shlex.split(line)) for line in found})
 
 
@@ -97,7 +100,15 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = {"--record", "--repeats", "--seeds", "--data", "--no"}  # of commands in tests/
+    theirs = {
+        "--record",
+        "--repeats",
+        "--seeds",
+        "--data",
+        "--no",
+        "--nproc_per_node",
+        "--device",
+    }  # of commands in tests/
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | theirs
 
 
@@ -109,36 +120,69 @@ def test_every_file_that_is_named_or_shown_exists(text, folder):
         assert (ROOT / path).exists(), path
 
 
-def test_the_judge_that_is_shown_runs():
-    code = README.split("Start from a file of your own:")[1].split("```python\n")[1].split("common.cli(")[0]
+def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sppo, "sppo_loss", sppo.sppo_loss)  # which the code replaces
+    monkeypatch.setattr(common, "JUDGES", dict(common.JUDGES))
+    monkeypatch.setattr(
+        sys, "argv", ["mine.py", "--judge=shorter", "--limit=40", "--n_eval=8", "--iterations=1", "--name=x"]
+    )
     scope = {}
-    exec(code, scope)
-    judge = common.JUDGES.pop("shorter")(None)
-    rows = [{"prompt": [], "responses": [{"text": y, "finished": True} for y in ("a", "bbb", "c")]}]
-    assert common.preferences(judge, rows).tolist() == [[[0.5, 1.0, 0.5], [0.0, 0.5, 0.0], [0.5, 1.0, 0.5]]]
+    exec(README.split("```python\n")[1].split("```")[0], scope)
+    prefs = scope["shorter"]([[]], [["a", "bbb", "c"]])
+    assert prefs.tolist() == [[[0.5, 1.0, 0.5], [0.0, 0.5, 0.0], [0.5, 1.0, 0.5]]]
+    said = capsys.readouterr().out
+    assert "characters" in said and "the best iterate, [1], beats the start" in said
+    steps = common.read_jsonl(workdir / "runs/x/iter_1/steps.jsonl")
+    assert steps[0]["loss"] < 10 / 2 < 25  # eta |P - 1/2| at the start; eq. 4.7 has its square
 
 
 def record(name):
     return json.loads((ROOT / "tests" / "claims" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def spread(values, digits=3):
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
 def test_the_table_of_the_default_jobs_is_the_record():
     for script, seeds in record("default")["runs"].items():
-        for seed, table in seeds.items():
-            best = max(table[1:], key=lambda row: row["wins_vs_start"])
-            right = f"{table[0]['exact_match']:.3f} → {best['exact_match']:.3f}"
-            wins = f"{best['wins_vs_start']:.3f} ± {best['se']:.3f}"
-            assert f"| `{script}.py` | {seed} | {right} | {wins} |" in README
+        best = [max(table[1:], key=lambda row: row["wins_vs_start"]) for table in seeds.values()]
+        starts = [table[0]["exact_match"] for table in seeds.values()]
+        right = ", ".join(f"{a:.3f} → {row['exact_match']:.3f}" for a, row in zip(starts, best, strict=True))
+        wins = ", ".join(f"{row['wins_vs_start']:.3f}" for row in best)
+        assert f"| `python {script}.py` | {right} | {wins} |" in README
 
 
-def test_the_table_and_the_answers_of_the_real_runs_are_the_records():
-    found = record("real_sppo")
-    for t, rows in enumerate(zip(*found["tables"]["sppo"], strict=True)):
-        for name in ("wins_vs_start", "wins_at_equal_length", "sentiment", "truncated")[0 if t else 2 :]:
-            values = [row[name] for row in rows]
-            assert f"| {mean(values):.3f} ± {stdev(values):.3f} |" in README, (t, name)
-    for answer in found["answers"]:
-        assert all(json.dumps(answer[name], ensure_ascii=False) in TESTS for name in ("start", "end"))
+def test_the_tables_and_the_answers_of_the_real_runs_are_the_records():
+    def column(name, seeds, t=-1):
+        return [table[t][name] for table in seeds]
+
+    for script in ("sppo", "dno"):
+        found = record(f"real_{script}")
+        seeds = found["tables"][script]
+        cells = [spread(column(name, seeds)) for name in ("wins_vs_start", "wins_at_equal_length")]
+        cells += [spread(column("kl", seeds), 2)]
+        for name in ("sentiment", "truncated"):
+            cells.append(" → ".join(f"{mean(column(name, seeds, t)):.3f}" for t in (0, -1)))
+        assert f"| {script.upper()} | {' | '.join(cells)} |" in README
+        for answer in found["answers"]:
+            assert all(json.dumps(answer[name], ensure_ascii=False) in TESTS for name in ("start", "end"))
+    found = record("real_sr_dpo")
+    for method, seeds in found["tables"].items():
+        cells = [spread(column(name, seeds), 2) for name in ("accuracy", "accuracy_p", "marginal", "kl")]
+        assert f"| {method} | {' | '.join(cells)} |" in README
+    for name, row in found["behind p, less without"].items():
+        margin = f"{row['margin']:+.2f} ± {row['se of margin']:.2f}"
+        assert f"| {name} | {row['chosen']:+.1f} | {row['rejected']:+.1f} | {margin} |" in TESTS
+    wins = [spread(column("wins_vs_start", record("real_sppo_cuda")["tables"]["sppo"], t)) for t in (1, 2, 3)]
+    assert ", ".join(wins[:-1]) + f" and {wins[-1]}" in TESTS
+
+
+def test_the_speed_on_a_gpu_is_the_record():
+    found = record("bench_7b_cuda")
+    for text in (README, TESTS):
+        assert f"{found['sampling']['tokens/s']:,.0f} tokens/s" in text and f"{found['sampling']['% of it']}%" in text
+        assert f"{found['training']['TFLOP/s']} TFLOP/s, " in text and f"{found['training']['peak GB']} GB" in text
 
 
 ROWS = [row for row in table_rows(CLAIMS, "The papers' claims, in small") if row[0].startswith("`")]
@@ -161,6 +205,8 @@ def test_no_claim_is_passed_over():
         "real_sppo",
         "real_dno",
         "real_sr_dpo",
+        "real_sppo_cuda",
+        "bench_7b_cuda",
         "bench_logps",
         "bench_generate",
         "bench_train",

@@ -81,42 +81,6 @@ def test_the_multiplicative_update_on_the_samples_has_no_loss():
     torch.testing.assert_close(loss, torch.zeros(5, dtype=torch.float64), atol=1e-20, rtol=0)
 
 
-# The game ------------------------------------------------------------------------------------------------------------
-
-# Biased rock, paper, scissors: P(R > S) = 0.9, P(P > R) = 0.6, P(S > P) = 0.6; at Nash 1/6, 2/3, 1/6.
-GAME = tensor([0.5, 0.4, 0.9], [0.6, 0.5, 0.4], [0.1, 0.6, 0.5])
-NASH = tensor(1 / 6, 2 / 3, 1 / 6)
-
-
-def duality_gap(policy):
-    return (GAME @ policy).max().item() - 0.5
-
-
-def average_iterate(T, exact_log_z):
-    """T iterations of self-play on GAME, the shipped loss minimised over y ~ pi_t by natural-gradient steps."""
-    eta, theta, total = 8 / math.sqrt(T), tensor(0.5, 0.0, -0.5), torch.zeros(3, dtype=torch.float64)
-    for _ in range(T):
-        log_pi_t = torch.log_softmax(theta, 0)
-        pi_t, w = log_pi_t.exp(), GAME @ log_pi_t.exp()  # w: P(y > pi_t), exactly
-        log_z = torch.logsumexp(log_pi_t + eta * w, 0).expand(3) if exact_log_z else None
-        total += pi_t
-        for _ in range(4):
-            theta.requires_grad_()
-            loss = (pi_t * sppo_loss(torch.log_softmax(theta, 0), log_pi_t, w, eta, log_z)).sum()
-            (gradient,) = torch.autograd.grad(loss, theta)
-            theta = theta.detach() - gradient / (2 * pi_t)  # at pi_t the Hessian is 2 (diag(pi_t) - pi_t pi_t^T)
-    return total / T
-
-
-@pytest.mark.parametrize("exact_log_z", [True, False], ids=["exact log Z", "eta / 2"])
-def test_the_average_iterate_reaches_nash_on_an_intransitive_game(exact_log_z):
-    """Theorem 4.1: with eta ~ 1 / sqrt(T) the average's duality gap is O(1 / sqrt(T)). The last iterate may cycle."""
-    assert duality_gap(NASH) == pytest.approx(0, abs=1e-9)  # the game is what we think it is
-    short, middle, long = (average_iterate(T, exact_log_z) for T in (30, 300, 3000))
-    assert (long - NASH).abs().max() < 0.02
-    assert duality_gap(short) > 2 * duality_gap(middle) > 4 * duality_gap(long) > 0
-
-
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 

@@ -116,49 +116,51 @@ def band(axes, x, rows, **style):
 
 
 def learning(results):
-    """Share of right answers by iterate under the three default jobs."""
+    """Share of right answers by iterate under the three default jobs; wins against the start on real text."""
     runs = json.loads((results / "default.json").read_text())["runs"]
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
-    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=True):
-        seeds = list(runs[key].values())
-        iterates, rows = range(len(seeds[0])), [[row["exact_match"] for row in seed] for seed in seeds]
-        band(axes, iterates, rows, color=STYLES[name]["color"], marker="o", linewidth=2)
-        axes.set(xlabel="iterate (0: the start)", xticks=iterates, ylim=(0, 1.03), title=f"{name}, {len(seeds)} seeds")
+    figure, panels = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True, layout="constrained")
+    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=False):
+        rows = [[row["exact_match"] for row in seed] for seed in runs[key].values()]
+        band(axes, range(len(rows[0])), rows, color=STYLES[name]["color"], marker="o", linewidth=2)
+        axes.set(title=f"{name}, digits")
+    for key, name in {"sppo": "SPPO", "dno": "DNO"}.items():
+        seeds = json.loads((results / f"real_{key}.json").read_text())["tables"][key]
+        rows = [[row.get("wins_vs_start", 0.5) for row in seed] for seed in seeds]  # the start against itself: 1/2
+        band(panels[3], range(len(rows[0])), rows, marker="o", linewidth=2, label=name, **STYLES[name])
+    panels[3].set(title="SmolLM2-135M, real text", ylabel="wins against the start")
+    panels[3].legend(loc="lower right")
+    for axes in panels:
+        axes.set(xlabel="iterate (0: the start)", xticks=range(round(axes.get_xlim()[1]) + 1), ylim=(0, 1.03))
         axes.grid(linewidth=0.5)
     panels[0].set_ylabel("share of right answers")
     return figure
 
 
 def logratios(results):
-    """log pi / pi_t of chosen and rejected responses over the steps of the first iteration: digits, under 3 methods."""
-    methods = json.loads((results / "log_ratios.json").read_text())["steps"]
-    return log_ratio_panels({name: list(seeds.values()) for name, seeds in methods.items()})
-
-
-def real(results):
-    """The same of SmolLM2-135M on real text, over all steps."""
-    records = {"SPPO": ("sppo", "sppo"), "DNO": ("dno", "dno"), "DPO": ("sr_dpo", "DPO")}
-    found = {name: json.loads((results / f"real_{file}.json").read_text()) for name, (file, _) in records.items()}
-    return log_ratio_panels({name: found[name]["log_ratios"][key] for name, (_, key) in records.items()})
-
-
-def log_ratio_panels(methods):
-    """methods: {name: for each seed, for each step, [chosen, rejected]}."""
-    figure, panels = plt.subplots(1, len(methods), figsize=(10, 3.4), sharey=True, layout="constrained")
-    for axes, (name, seeds) in zip(panels, methods.items(), strict=True):
-        steps = min(map(len, seeds))
-        rows = torch.stack([tensor(*rows[:steps]) for rows in seeds])  # (seeds, steps, 2)
-        width, bins = max(1, steps // 40), steps // max(1, steps // 40)
-        means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
-        x = (torch.arange(bins) + 0.5) * width
-        for i, (label, line) in enumerate((("chosen", "-"), ("rejected", "--"))):
-            style = {"color": STYLES[name]["color"], "linestyle": line, "linewidth": 2, "label": label}
-            band(axes, x, means[:, :, i].tolist(), **style)
-        axes.axhline(0, color=GREY, linewidth=1)
-        axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {len(seeds)} seeds")
-        axes.grid(linewidth=0.5)
-        axes.legend(loc="lower left")
-    panels[0].set_ylabel("log-ratio, nats")
+    """log pi / pi_t of chosen and rejected responses: digits in the first iteration; SmolLM2-135M over all steps."""
+    digits = json.loads((results / "log_ratios.json").read_text())["steps"]
+    figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", layout="constrained")
+    for column, (name, (file, key)) in enumerate(
+        {"SPPO": ("sppo", "sppo"), "DNO": ("dno", "dno"), "DPO": ("sr_dpo", "DPO")}.items()
+    ):
+        real = json.loads((results / f"real_{file}.json").read_text())["log_ratios"][key]
+        for axes, seeds, what in zip(
+            panels[:, column], (digits[name].values(), real), ("digits", "real text"), strict=True
+        ):
+            steps = min(map(len, seeds))
+            rows = torch.stack([tensor(*rows[:steps]) for rows in seeds])  # (seeds, steps, 2)
+            width = max(1, steps // 30)
+            bins = steps // width
+            means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
+            for i, (label, line) in enumerate((("chosen", "-"), ("rejected", "--"))):
+                style = {"color": STYLES[name]["color"], "linestyle": line, "linewidth": 2, "label": label}
+                band(axes, (torch.arange(bins) + 0.5) * width, means[:, :, i].tolist(), **style)
+            axes.axhline(0, color=GREY, linewidth=1)
+            axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {what}")
+            axes.grid(linewidth=0.5)
+            axes.legend(loc="lower left")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("log-ratio, nats")
     return figure
 
 
@@ -219,7 +221,7 @@ def benches(results):
     return figure
 
 
-PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "real": real, "benches": benches}
+PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):
