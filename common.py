@@ -464,7 +464,7 @@ def check_fit(args):
     disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # a checkpoint, the next one beside it
     numbers = sampling, training, disk, have, shutil.disk_usage(".").free
     sampling, training, disk, have, free = (x / 1e9 for x in numbers)
-    memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} here"
+    memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} available"
     print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
     larger = "take a smaller --model or a larger GPU"
     require(sampling < have, f"--model {args.model}: to sample takes {sampling:.0f} GB of {have:.0f}; {larger}")

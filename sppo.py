@@ -4,7 +4,7 @@ Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4
 answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
 moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
-    python sppo.py                       the built-in task, a minute or two on two CPU cores: 0.16 -> 0.90 right
+    python sppo.py                       the built-in task, two minutes on two CPU cores: 0.14 -> 0.89 right
     python sppo.py --model mistral-7b    the paper's: UltraFeedback in thirds, PairRM; one GPU of 80 GB; not run yet
     python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    all of it your own, at the paper's settings
 
@@ -19,15 +19,15 @@ Where this file departs from the paper, and why:
     authors' own thirds are UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, 2 and 3.
  5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
- 6. Best and worst go by the mean of the scores, as the paper says, targets by the mean preference. A preference of 0 or
-    1, as by rule 1, counts as a score of -14 or 14. Where a judge is very sure of some pairs, the two may disagree.
+ 6. A preference of exactly 0 or 1, as by rule 1, has no finite score: it counts as -14 or 14. Best and worst go by the
+    mean of the scores, as the paper says, targets by the mean preference: where a judge is very sure, these may differ.
  7. One epoch over the pairs of an iteration, as in the released scripts and model cards (num_train_epochs 1.0); the
     paper's appendix speaks of 18, which readers of the code have asked about (uclaml/SPPO issue 10).
-Where the paper and its official code (uclaml/SPPO) differ, this file follows the paper. The code
+Where the paper and its official code (uclaml/SPPO) differ otherwise, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
- c. turns one score per response into sigmoid(score_i - score_j), which is transitive by construction; the paper's
-    P(y > y') = sigmoid(s(y, y')) may be cyclic; here s is the mean of both orders. The code's is --preference official;
+ c. gives each response one score, P = sigmoid(score_i - score_j), so that preferences cannot be cyclic: --preference
+    official. The paper's sigmoid(s(y, y')) may be; here s is the mean of both orders;
  d. gives PairRM the prompt in the policy's chat template; PairRM was trained on plain text, which is what it gets here.
 eta here multiplies the preference; DNO's eta divides it.
 """
@@ -82,7 +82,7 @@ class Args:
     judge_url: str = HfArg(default="", help="--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
     judge_model: str = HfArg(default="", help="--judge llm: the model's name there; the key is OPENAI_API_KEY.")
     n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
-    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; same shapes.")
+    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; as --prompts.")
     # algorithm
     iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
     k: int = HfArg(default=5, help="Responses sampled per prompt.")
@@ -114,14 +114,14 @@ class Args:
     device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
 
     def __post_init__(self):
-        soft = self.targets == "soft" or (self.pairing == "extremes" and self.log_z == "half")
-        if not soft:
+        allowed = self.targets == "soft" or (self.pairing == "extremes" and self.log_z == "half")
+        if not allowed:
             raise ValueError(
                 "--targets hard: give --pairing extremes and --log_z half; only best and worst are 1 and 0"
             )
 
 
-PAPER = {  # arXiv 2405.00675, experiments; K, T, top-p and 3 iterations are the defaults; max_new_tokens: 3. above
+PAPER = {  # arXiv 2405.00675, experiments; k, temperature, top_p, iterations: the defaults; see 3. and 7. above
     "prompts": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
     "judge": "pairrm",
     "max_prompt_tokens": 512,
@@ -222,7 +222,7 @@ def make_pairs(rows, prefs, args):
 
 def main(args):
     """Run SPPO; returns the metrics of every iterate, the start first."""
-    run, table, log = start_run(args, __file__)  # table: a row for each finished iterate, of --resume some already
+    run, table, log = start_run(args, __file__)  # table: a row per finished iterate; --resume has some
     judge = load_judge(args)
     newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
@@ -266,7 +266,7 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
-            losses, log_ratios = add_up(policy, losses, log_ratios)  # those of all ranks, under torchrun
+            losses, log_ratios = add_up(policy, losses, log_ratios)  # over all GPUs; gradients, too
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -279,10 +279,10 @@ def main(args):
             log("train", row)
             checkpoint.save(steps)
         checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
-        del optimizer, scheduler, checkpoint  # whose memory is for sampling
+        del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args)
-        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # what training ended at
+        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # of the last quarter of the steps
         metrics |= late[["loss", "chosen_log_ratio", "rejected_log_ratio"]].to_dict()
         metrics |= {"loss_over_eta2": late["loss"] / args.eta**2, "pairs": len(pairs), "seconds": time.time() - began}
         finish_iterate(run, table, log, metrics, policy, tokenizer, steps, pairs)

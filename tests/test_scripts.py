@@ -33,7 +33,7 @@ BLOCKS = {  # of main: name -> (first words, last words)
     "the step": ("            grad_norm = ", '"rejected_log_ratio": log_ratio[-1].item()}\n'),
     "a step is done": ("            steps.append(row)", "        checkpoint.save(steps, now=True)"),
     "evaluation": ("        metrics = evaluate(", "args)"),
-    "what training ended at": ("        late = ", "what training ended at\n"),
+    "late steps": ("        late = ", "of the last quarter of the steps\n"),
     "the end": ("    best = max(", "    return table\n"),
 }
 
