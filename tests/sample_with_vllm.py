@@ -27,7 +27,7 @@ def main(run, t):
     chat, rows = common.Chat(policy, tokenizer), parts[t - 1]
     engine = LLM(model=str(common.load_config(model)[1]), dtype="bfloat16")
     lengths = {"max_tokens": args.max_new_tokens, "stop_token_ids": chat.stops}
-    settings = SamplingParams(n=args.k, temperature=args.temperature, top_p=args.top_p, seed=args.seed, **lengths)
+    settings = SamplingParams(n=args.k, temperature=args.temperature, top_p=args.top_p, seed=1000 * args.seed + t, **lengths)
     found = engine.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
     rows = [
         {**row, "responses": [chat.sampled(list(y.token_ids)) for y in one.outputs]}
