@@ -1,12 +1,11 @@
-"""Sample an iteration of a run of sppo.py or dno.py with vLLM; has not been run on a GPU here.
+"""Sample an iteration of sppo.py or dno.py with vLLM; not run on a GPU here.
 
     python sppo.py --model mistral-7b --name NAME       stop it by Ctrl-C once it samples
     python tests/sample_with_vllm.py runs/NAME 1        iteration 1; writes runs/NAME/iter_1/responses.jsonl
     python sppo.py --resume runs/NAME                   takes these responses as its own
 
-Any other engine will do: a line of the file is a prompt's row as `common.split_prompts` gives it, in that order, with
-"responses", K of {"text", "ids", "finished"}: ids end with the token that ended the answer, and finished says whether
-there is one.
+Any other engine will do: a line of the file is a prompt's row of `common.split_prompts`, in that order, with "responses",
+K of {"text", "ids", "finished"}. ids end with the token that ended the answer; finished says whether there is one.
 """
 
 import sys
@@ -27,7 +26,8 @@ def main(run, t):
     chat, rows = common.Chat(policy, tokenizer), parts[t - 1]
     engine = LLM(model=str(common.load_config(model)[1]), dtype="bfloat16")
     lengths = {"max_tokens": args.max_new_tokens, "stop_token_ids": chat.stops}
-    settings = SamplingParams(n=args.k, temperature=args.temperature, top_p=args.top_p, seed=1000 * args.seed + t, **lengths)
+    more = {"temperature": args.temperature, "top_p": args.top_p, **lengths}
+    settings = SamplingParams(n=args.k, seed=1000 * args.seed + t, **more)
     found = engine.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
     rows = [
         {**row, "responses": [chat.sampled(list(y.token_ids)) for y in one.outputs]}
