@@ -65,7 +65,8 @@ if not sys.stderr.isatty():
 
 # 0. Several GPUs: torchrun --nproc_per_node N sppo.py ... With one, nothing here does anything. -----------------------
 
-RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which of this machine's GPUs
 
 
 @contextlib.contextmanager
@@ -76,7 +77,11 @@ def ranks():
     lowest rank that has one says so; the higher ones, and those that lost another, wait for torchrun to end them.
     """
     if RANKS > 1:
-        dist.init_process_group(timeout=timedelta(days=1))  # gloo for the CPU, nccl for CUDA; a judge may take its time
+        backend = "gloo"  # of Python objects also beside a GPU, where a wait for a judge must not time out or spin
+        if torch.cuda.device_count() > LOCAL_RANK:
+            torch.cuda.set_device(LOCAL_RANK)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -197,11 +202,8 @@ def cli(main, args_class, recipes, description, argv=None):
         low, high = LIMITS.get(name, (0, 10**9))
         number = isinstance(value, (int, float))
         require(not number or low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
-    here = int(os.environ.get("LOCAL_RANK", 0))  # which of this machine's GPUs
-    enough = args.device != "cuda" or here < torch.cuda.device_count()
+    enough = args.device != "cuda" or torch.cuda.device_count() > LOCAL_RANK
     require(enough, f"--device cuda: {torch.cuda.device_count() or 'no'} CUDA GPU here; use --device cpu")
-    if args.device == "cuda" and RANKS > 1:
-        torch.cuda.set_device(here)
     plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", args.name or "a", re.ASCII)
     require(plain, f"--name {args.name!r}: use at most 100 letters, digits and . _ + -")
     for name, value in vars(args).items():
@@ -430,7 +432,7 @@ def cached(path, items, make, chunk=1024):
     newer = from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime)
     if path.name == "preferences.jsonl" and newer:
         rows = []  # of samples that have been replaced
-    if not path.exists() or not path.read_bytes().endswith(b"\n") or not rows:
+    if not RANK and (not path.exists() or not path.read_bytes().endswith(b"\n") or not rows):
         write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = shared(make, items[i : i + chunk])
@@ -1171,7 +1173,7 @@ def load_config(name):
 def load_policy(name, device="cpu", checkpointing=False):
     """(policy, tokenizer) of a short name, a folder or a hub id: float32 on the CPU, bf16 on CUDA, always in eval mode.
 
-    A folder's master.safetensors brings back the float32 master exactly. safetensors only, no remote code. Exits where
+    A folder's master.remainders brings back the float32 master exactly. safetensors only, no remote code. Exits where
     the model cannot be loaded, or is one that this project would compute wrongly.
     """
     config, path = load_config(str(name))
@@ -1192,8 +1194,8 @@ def load_policy(name, device="cpu", checkpointing=False):
     size = policy.get_input_embeddings().num_embeddings
     require(len(tokenizer) <= size, f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {size}")
     policy.to(device).eval()  # dropout has no place in any log-prob here
-    if (Path(path) / "master.safetensors").exists():
-        remainders = load_file(Path(path) / "master.safetensors", device=device)
+    if (Path(path) / "master.remainders").exists():
+        remainders = load_file(Path(path) / "master.remainders", device=str(policy.device))  # "cuda" would be cuda:0
         for n, p in policy.named_parameters():
             if p.dtype == torch.float32:
                 p.data = join_master(p.data.bfloat16(), remainders[n])
@@ -1272,7 +1274,7 @@ def save_policy(policy, tokenizer, folder):
     policy.save_pretrained(part)
     tokenizer.save_pretrained(part)
     if master_remainders(policy):
-        save_file(master_remainders(policy), part / "master.safetensors")
+        save_file(master_remainders(policy), part / "master.remainders")
     for file in ("preprocessor_config.json", "processor_config.json"):  # of a multimodal model, for who serves it
         found = policy.name_or_path and transformers.utils.cached_file(policy.name_or_path, file, **QUIET)
         if found:
@@ -1793,7 +1795,12 @@ class LLMJudge:
     def __init__(self, url, model, cache=CACHE / "judge.jsonl"):
         require(url and model, "--judge llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         require(re.match(r"https?://.", url), f"--judge_url {url}: give an address like http://localhost:8000/v1")
-        self.url, self.model, self.pool, self.cache = url.rstrip("/"), model, ThreadPoolExecutor(16), cache
+        self.url, self.model, self.pool, self.cache = (
+            url.rstrip("/"),
+            model,
+            ThreadPoolExecutor(max(1, 16 // RANKS)),
+            cache,
+        )
         rows = read_jsonl(cache)
         write_jsonl(cache, rows)  # without a torn last line
         self.known = {row["key"]: row["points"] for row in rows}

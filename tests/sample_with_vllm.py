@@ -4,8 +4,8 @@
     python tests/sample_with_vllm.py runs/NAME 1        iteration 1; writes runs/NAME/iter_1/responses.jsonl
     python sppo.py --resume runs/NAME                   takes these responses as its own
 
-Any other engine will do: a line of the file is a prompt's row of `common.split_prompts`, in that order, with "responses",
-K of {"text", "ids", "finished"}. ids end with the token that ended the answer; finished says whether there is one.
+Any other engine will do: a line of the file is a row of `common.split_prompts`, in that order, with "responses", K of
+{"text", "ids", "finished"}. ids end with the token that ended the answer; finished says whether there is one.
 """
 
 import sys
@@ -24,10 +24,10 @@ def main(run, t):
     policy, tokenizer = common.load_policy(model)  # on the CPU, for its chat template and what ends its answers
     parts, _ = common.split_prompts(policy, tokenizer, args)
     chat, rows = common.Chat(policy, tokenizer), parts[t - 1]
-    engine = LLM(model=str(common.load_config(model)[1]), dtype="bfloat16")
+    engine = LLM(model=str(common.load_config(model)[1]), dtype="bfloat16", seed=1000 * args.seed + t)
     lengths = {"max_tokens": args.max_new_tokens, "stop_token_ids": chat.stops}
     more = {"temperature": args.temperature, "top_p": args.top_p, **lengths}
-    settings = SamplingParams(n=args.k, seed=1000 * args.seed + t, **more)
+    settings = SamplingParams(n=args.k, **more)
     found = engine.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
     rows = [
         {**row, "responses": [chat.sampled(list(y.token_ids)) for y in one.outputs]}

@@ -117,13 +117,13 @@ def test_what_goes_wrong_is_said_once(workdir, name, fault, flags, line):
 
 def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
     class Engine:  # as vLLM answers: token_ids with the token that ended the answer
-        def __init__(self, model, dtype):
-            self.policy = common.load_policy(model)[0]
+        def __init__(self, model, dtype, seed):
+            self.policy, self.seed = common.load_policy(model)[0], seed
 
         def generate(self, prompts, settings):
             ids = [prompt["prompt_token_ids"] for prompt in prompts]
             more = {"k": settings.n, "max_new_tokens": settings.max_tokens, "eos_ids": settings.stop_token_ids}
-            rows = common.generate(self.policy, ids, seed=settings.seed, **more)
+            rows = common.generate(self.policy, ids, seed=self.seed, **more)
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(y)) for y in row]) for row in rows]
 
     def stop(*args, **more):
