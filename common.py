@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -126,7 +127,11 @@ def add_up(policy, *columns):
         return [torch.cat(column) for column in columns]
     for p in policy.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # None on a rank without a pair
-        dist.all_reduce(p.grad)
+    small, large = ([p.grad for p in policy.parameters() if (p.numel() < 2**20) == few] for few in (True, False))
+    flat = parameters_to_vector(small)  # the small ones travel as one
+    for grad in (flat, *large):
+        dist.all_reduce(grad)
+    vector_to_parameters(flat, small)
     return [torch.tensor(gather([row for part in column for row in part.tolist()])) for column in columns]
 
 
