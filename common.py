@@ -136,7 +136,7 @@ def add_up(policy, *columns):
 
 
 def check_ranks(policy):
-    """Exit unless all ranks have the same policy, to the bit."""
+    """Exit unless all ranks have the same policy, by the sums of each tensor's bits."""
     tensors = [*policy.parameters(), *master_remainders(policy).values()] if RANKS > 1 else []
     sums = gather([[x.detach().view(torch.int16).sum(dtype=torch.int64).item() for x in tensors]])
     require(sums == sums[:1] * RANKS, "the ranks' policies are no longer the same; --resume, on equal GPUs")
@@ -233,10 +233,8 @@ def cli(main, args_class, recipes, description, argv=None):
         print(f"\n{script}.py: interrupted{further}", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        memory = (
-            f"rank {RANK}: " * (RANKS > 1)
-            + f"{str(error).split('. ')[0]}; go on with --resume and lower --slots or --micro_tokens"
-        )
+        who, what = f"rank {RANK}: " * (RANKS > 1), str(error).split(". ")[0]
+        memory = f"{who}{what}; go on with --resume and lower --slots or --micro_tokens"
         require(not isinstance(error, torch.OutOfMemoryError), memory)
         require("non-finite" not in str(error), "a gradient is not finite; lower --learning_rate or --max_grad_norm")
         raise
@@ -659,6 +657,7 @@ def pair_logps(policy, pairs, prompt_ids="prompt_ids"):
 
 
 def padded_tokens(pair):
+    """What its responses take as one rectangle, behind the longer of sr_dpo.py's two prompts."""
     longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
     return longest * len(pair["responses"])
 
@@ -1800,12 +1799,8 @@ class LLMJudge:
     def __init__(self, url, model, cache=CACHE / "judge.jsonl"):
         require(url and model, "--judge llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         require(re.match(r"https?://.", url), f"--judge_url {url}: give an address like http://localhost:8000/v1")
-        self.url, self.model, self.pool, self.cache = (
-            url.rstrip("/"),
-            model,
-            ThreadPoolExecutor(max(1, 16 // RANKS)),
-            cache,
-        )
+        self.url, self.model, self.cache = url.rstrip("/"), model, cache
+        self.pool = ThreadPoolExecutor(max(1, 16 // RANKS))
         rows = read_jsonl(cache)
         write_jsonl(cache, rows)  # without a torn last line
         self.known = {row["key"]: row["points"] for row in rows}

@@ -19,7 +19,6 @@ import multiprocessing
 import random
 import shlex
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -46,12 +45,9 @@ DATA = {"sppo": [ALPACA, f"{HH}.jsonl.gz"], "dno": [ALPACA, f"{HH}.jsonl.gz"], "
 SELF_PLAY = {"judge": "sentiment", "limit": 384, "n_eval": 64, "iterations": 2, "k": 3}
 OFFLINE = {"judge": "", "limit": 192, "n_eval": 48, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
 SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "limit": 300, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
-LARGE = {"limit": 0, "n_eval": 200}  # on a GPU; all of the data
-LARGE = {
-    "sppo": {**LARGE, "iterations": 3, "k": 5},
-    "dno": {**LARGE, "iterations": 3, "k": 5},
-    "sr_dpo": {**LARGE, "max_prompt_tokens": 512, "max_new_tokens": 160, "micro_tokens": 8192},
-}
+ALL = {"limit": 0, "n_eval": 200}
+LARGE = {"sppo": {**ALL, "iterations": 3, "k": 5}, "dno": {**ALL, "iterations": 3, "k": 5}}  # on a GPU
+LARGE["sr_dpo"] = {**ALL, "max_prompt_tokens": 512, "max_new_tokens": 160, "micro_tokens": 8192}
 SIZES = {"cpu": (1, 200), "cuda": (3, 500)}  # turns of a pair's prompt, characters of its answers: at most
 METHODS = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", 0.3), "IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", 0.3)}
 
@@ -140,7 +136,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args, began = parser.parse_args(), time.time()
-    cuda, model = args.device == "cuda", str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
+    cuda, model = args.device == "cuda", str(smollm2.make())
     file, sources = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
     short_pairs(sources, file, *SIZES[args.device]) if args.script == "sr_dpo" else questions(sources, file)
     settings = {"model": "smollm2-135m", **SETTINGS[args.script], **(LARGE[args.script] if cuda else {})}

