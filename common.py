@@ -205,15 +205,14 @@ def cli(main, args_class, recipes, description, argv=None):
         require(False, error)
     for name, value in vars(args).items():
         low, high = LIMITS.get(name, (0, 10**9))
-        number = isinstance(value, (int, float))
-        require(not number or low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
+        fits = not isinstance(value, (int, float)) or low <= value <= high
+        require(fits, f"--{name} {value}: must be from {low:g} to {high:g}")
+        same = name in FREE or begun.get(name, value) == value
+        require(same, f"--{name} {value}: {args.resume} was begun with {begun.get(name)}; leave the flag out")
     enough = args.device != "cuda" or torch.cuda.device_count() > LOCAL_RANK
     require(enough, f"--device cuda: {torch.cuda.device_count() or 'no'} CUDA GPU here; use --device cpu")
     plain = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", args.name or "a", re.ASCII)
     require(plain, f"--name {args.name!r}: use at most 100 letters, digits and . _ + -")
-    for name, value in vars(args).items():
-        same = name in FREE or begun.get(name, value) == value
-        require(same, f"--{name} {value}: {args.resume} was begun with {begun.get(name)}; leave the flag out")
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
     args.name = args.name or from_rank0(lambda: f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     run = Path(args.resume or f"runs/{args.name}")
@@ -267,13 +266,9 @@ def start_run(args, file):
         write_json(run / "config.json", {**vars(args), "script": Path(file).stem, "versions": versions})
     config, path = load_config(args.model)
     starts = [file.open("rb").read(2**20).hex() for file in sorted(Path(path).glob("*.safetensors"))]
-    same_as_begun(
-        args, f"--model {args.model}", [config.to_json_string(), getattr(config, "_commit_hash", None), starts]
-    )
-    table = read_jsonl(run / "metrics.jsonl")
-    whole = all(isinstance(row, dict) and row.get("iterate") == t and "step" in row for t, row in enumerate(table))
-    require(whole, f"{run / 'metrics.jsonl'}: damaged: it has not one row for each finished iterate")
-    return run, table, tracker(args, run)
+    theirs = config.to_json_string(), getattr(config, "_commit_hash", None), starts
+    same_as_begun(args, f"--model {args.model}", theirs)
+    return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
 
 
 def tracker(args, run):
@@ -360,17 +355,10 @@ def finish_run(run, table, best):
     if RANK:
         return
     final, t = run / "final", best["iterate"]
-    require(
-        (run / f"iter_{t}" / "policy").exists(), f"{run}/iter_{t}/policy is gone, which is the best; begin a new run"
-    )
+    require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
     final.unlink(missing_ok=True)
-    final.symlink_to(Path(f"iter_{t}") / "policy", target_is_directory=True)
-    shutil.copy(run / f"iter_{t}" / "outputs.json", run)
-    if len(table) > 2:
-        print("how often the iterate of a row beats that of a column, %:")
-        print(" " * 6 + "".join(f"{row['iterate']:>7}" for row in table[:-1]))
-        for row in table[1:]:
-            print(f"{row['iterate']:>6}" + "".join(f"{100 * win:7.1f}" for win in row.get("wins_vs_each", [])))
+    final.symlink_to(f"iter_{t}/policy", target_is_directory=True)
+    shutil.copy(run / f"iter_{t}/outputs.json", run)
     words = [f"{table[0]['exact_match']:.1%} -> {best['exact_match']:.1%} right"] if "exact_match" in best else []
     if "wins_vs_start" in best:
         words.append(f"the best iterate, [{t}], beats the start {best['wins_vs_start']:.1%} of the time")
@@ -406,36 +394,29 @@ def read_jsonl(path):
         require(False, f"{path}: damaged ({error}); remove it, and --resume makes it anew")
 
 
-def belongs(row, item, first, sampled):
-    """Whether a row of a file that `cached` reads is whole, and that of `item`. sampled: of responses.jsonl."""
-    if isinstance(row, list):  # preferences
-        return numpy.shape(row) == numpy.shape(first)
-    shared = row.keys() & item.keys() if isinstance(item, dict) else ()
-    same = all(row[key] == item[key] for key in shared) and (not shared or item.keys() <= row.keys())
-    fine = [
-        isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in row.get("responses", [])
-    ]
-    return same and all(fine) and (not sampled or len(fine) == len(first["responses"]) > 1)
+def answers(row, item, first):
+    """Whether a row of responses.jsonl, which another engine may have written, is `item` and as many as `first` has."""
+    ys = row["responses"]
+    whole = all(isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in ys)
+    return whole and len(ys) == len(first["responses"]) > 1 and item.items() <= row.items()
 
 
 def cached(path, items, make, chunk=1024):
     """make(some items) -> as many rows, for all items, `chunk` at a time; kept in the .jsonl file `path`.
 
-    Rows that are there are not made again. So a killed run goes on from its last chunk, and rows that another program
-    wrote there are taken for this run's, if they are whole and have their items' values.
+    Rows that are there are not made again: a killed run goes on from its last chunk, and samples of another engine are
+    taken for this run's. Preferences that are older than the samples beside them are made anew.
     """
-    rows, sampled, chunk = read_jsonl(path), path.name == "responses.jsonl", chunk * RANKS
+    rows, chunk, samples = read_jsonl(path), chunk * RANKS, path.with_name("responses.jsonl")
     try:
-        pairs = zip(rows, items, strict=False)
-        fits = len(rows) <= len(items) and all(belongs(row, item, rows[0], sampled) for row, item in pairs)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        fits = False
+        whole = path != samples or all(answers(row, item, rows[0]) for row, item in zip(rows, items, strict=False))
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    fits = whole and len(rows) <= len(items)
     require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
-    samples = path.with_name("responses.jsonl")
-    newer = from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime)
-    if path.name == "preferences.jsonl" and newer:
-        rows = []  # of samples that have been replaced
-    if not RANK and (not path.exists() or not path.read_bytes().endswith(b"\n") or not rows):
+    if from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime):
+        rows = []
+    if not RANK and (not rows or not path.read_bytes().endswith(b"\n")):
         write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = shared(make, items[i : i + chunk])
@@ -464,11 +445,10 @@ def check_fit(args):
     tokens = max(args.micro_tokens, 2 * length)
     slopes = max(min(tokens * vocab * size, SLOPES[args.device]), 2 * args.max_new_tokens * vocab * size)
     weights = 4 * n  # in bf16 with the other half of the master, or in float32
-    sampling, training = weights + slot_bytes(config, length, size), weights + 2 * size * n + tokens * kept + slopes
-    have = free_memory(args.device)
-    disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # a checkpoint, the next one beside it
-    numbers = sampling, training, disk, have, shutil.disk_usage(".").free
-    sampling, training, disk, have, free = (x / 1e9 for x in numbers)
+    sampling = (weights + slot_bytes(config, length, size)) / 1e9
+    training = (weights + 2 * size * n + tokens * kept + slopes) / 1e9
+    disk = (getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)) / 1e9  # checkpoint, the next beside it
+    have, free = free_memory(args.device) / 1e9, shutil.disk_usage(".").free / 1e9
     memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} available"
     print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
     larger = "take a smaller --model or a larger GPU"
@@ -728,27 +708,21 @@ class SplitMaster(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
-        group = self.param_groups[0]
-        for p in group["params"]:
-            if p.grad is not None:
-                state = self.state[p]
-                state["step"] += 1
-                seed = hash((state["step"], state["number"])) & 0x7FFFFFFF  # each step and parameter rounds anew
-                update(p, state["moment"], group["lr"], group["alpha"], group["eps"], seed)
-
-
-def update(p, moment, lr, alpha, eps, seed):
-    """SplitMaster's step of one parameter, SLICE elements at a time: nothing of the parameter's size is allocated."""
-    generator = torch.Generator(p.device).manual_seed(seed)
-    flat = [x.view(-1) for x in (p.data, p.master_remainder, p.grad.contiguous(), moment)]
-    for i in range(0, p.numel(), SLICE):
-        weight, remainder, grad, second = (x[i : i + SLICE] for x in flat)
-        master, grad = join_master(weight, remainder), grad.float()
-        v = second.float().mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-        noise = torch.randint(0, 2**16, v.shape, dtype=torch.int32, device=v.device, generator=generator)
-        second.copy_(((v.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16))
-        weight[:], remainder[:] = split_master(master.addcdiv_(grad, v.sqrt_().add_(eps), value=-lr))
+        """One update of every parameter that has a gradient, SLICE elements at a time, to allocate little."""
+        lr, alpha, eps = (self.param_groups[0][name] for name in ("lr", "alpha", "eps"))
+        for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+            state = self.state[p]
+            state["step"] += 1
+            seed = hash((state["step"], state["number"])) & 0x7FFFFFFF  # each step and parameter rounds anew
+            generator = torch.Generator(p.device).manual_seed(seed)
+            flat = [x.view(-1) for x in (p.data, p.master_remainder, p.grad.contiguous(), state["moment"])]
+            for i in range(0, p.numel(), SLICE):
+                weight, remainder, grad, moment = (x[i : i + SLICE] for x in flat)
+                master, grad = join_master(weight, remainder), grad.float()
+                v = moment.float().mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+                noise = torch.randint(0, 2**16, v.shape, dtype=torch.int32, device=v.device, generator=generator)
+                moment.copy_(((v.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16))
+                weight[:], remainder[:] = split_master(master.addcdiv_(grad, v.sqrt_().add_(eps), value=-lr))
 
 
 def make_optimizer(policy, lr):
@@ -788,39 +762,36 @@ def load_rows(flag, source, read, limit=0, every=False):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, split = re.fullmatch(r"(.*?)(?::(\w+))?", source, re.DOTALL).groups()
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name.removesuffix(".gz")).suffix)
-    found = name and (Path(name).exists() if kind else Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w-]+", name))
-    wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
-    require(found or "://" in name, f"{flag} {source!r}: there is none; give {wanted}")
     try:
-        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        if any((Path(name or "?") / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
-            data = data if (Path(name) / "state.json").exists() else data[split or "train"]
+            data = data if isinstance(data, datasets.Dataset) else data[split or "train"]
         else:
-            files = {"path": kind, "data_files": name} if kind else {"path": name}
-            data = datasets.load_dataset(**files, split=split or "train")
+            data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split or "train")
     except Exception as error:  # datasets, pyarrow, fsspec and the hub each have errors of their own
-        require(False, f"{flag} {source}: cannot be loaded: {str(error.__cause__ or error) or 'it is empty'}"[:400])
-    items, seen, refused = [], set(), Counter()
+        why = str(error.__cause__ or error)[:300] or "it is empty"
+        wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
+        require(False, f"{flag} {source}: cannot be loaded ({why}); give {wanted}")
+    items, refused = {}, Counter()
     for number, row in enumerate(data, 1):
         row = {name: value for name, value in row.items() if value is not None}
         try:
             item = read(row)
-            key = json.dumps(item)
-            if key in seen and not every:
-                raise Refused("repeated")
-            seen.add(key)
-            items.append(item)
+            key = number if every else json.dumps(item)
+            refused["repeated"] += key in items
+            items[key] = item
         except Refused as reason:
             refused[str(reason)] += 1
-            items += [None] * every
+            if every:
+                items[number] = None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             keys, why = ", ".join(row) or "nothing", f"{type(error).__name__}: {error}"
             require(False, f"{flag} {source}, row {number} has {keys}; wanted {SHAPES} ({why})")
         if len(items) == limit > 0:
             break
     say_refused(f"{flag} {source}", refused, number)
-    require(any(items), f"{flag} {source}: none of its rows can be used")
-    return items
+    require(any(items.values()), f"{flag} {source}: none of its rows can be used")
+    return [*items.values()]
 
 
 def say_refused(flag, refused, n):
@@ -859,25 +830,24 @@ def as_messages(value):
 
 def read_prompt(row):
     """The prompt of a row as messages, of which the last is the user's."""
+    texts = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
     refuse_unread(row)
-    for name in ("instruction", "input", "context") if "prompt" in row else ():
-        if row.get(name) and row[name] != row["prompt"]:
-            raise Refused(f"with {name} beside prompt")
     if "prompt" in row:
+        if any(text != row["prompt"] for text in texts):
+            raise Refused("with instruction, input or context beside prompt")
         prompt = as_messages(row["prompt"])
         prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
     elif "instruction" in row:
-        more = row.get("input") or row.get("context")
-        prompt = as_messages("\n\n".join(filter(None, (row["instruction"], more))))
+        prompt = as_messages("\n\n".join(texts))
     else:
         prompt = as_messages(row["chosen"])[:-1]
     for turn in reversed(row.get("history", [])):  # a message, or a pair of question and answer
         pair = zip(("user", "assistant"), turn, strict=True)
         turns = [turn] if isinstance(turn, dict) else [{"role": role, "content": text} for role, text in pair]
         prompt = as_messages(turns) + prompt
-    for system in {as_text(row[name]) for name in ("system", "system_prompt") if row.get(name)}:
+    for system in (row[name] for name in ("system", "system_prompt") if row.get(name)):
         if prompt[:1] != [{"role": "system", "content": system}]:
-            prompt = [{"role": "system", "content": system}, *prompt]
+            prompt = as_messages([{"role": "system", "content": system}]) + prompt
     if [message["role"] for message in prompt].count("system") > 1:
         raise Refused("with two system turns")
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
@@ -947,29 +917,25 @@ class Chat:
     def __init__(self, policy, tokenizer):
         self.tokenizer, self.control, self.header, user = tokenizer, {}, "", {"role": "user", "content": USER}
         self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-        if isinstance(tokenizer.chat_template, dict):  # several, by name
-            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
-            self.adapt("is missing: prompts are plain text, turns without speakers", template=PLAIN)
+            tokenizer.chat_template = PLAIN
+            print("the chat template is missing: prompts are plain text, turns without speakers")
+        tokenizer.chat_template = tokenizer.get_chat_template()  # of several the default
         if not self.shows(user):
-            self.adapt("wants more than text: content goes in as parts", new="[{'type': 'text', 'text': m.content}]")
+            self.adapt("wants more than text: content goes in as parts", "[{'type': 'text', 'text': m.content}]")
         require(self.shows(user), "--model: its chat template does not write a question and its answer")
         for role in ("system", "developer"):
             if not self.shows({"role": role, "content": OTHER}, user):
-                self.adapt(f"writes no {role} turn: its text goes in front of the next", role, "all.text + m.content")
+                self.adapt(f"writes no {role} turn: its text goes in front of the next", "all.text + m.content", role)
         prompt, whole = self.write([user]), self.write([user], ANSWER)
         header = whole.split(ANSWER)[0].removeprefix(prompt).rstrip(" ")  # a blank belongs to the answer's first token
-        if header.strip() and prompt == self.write([user], generation=False):
-            asking = (
-                tokenizer.chat_template + "{% if add_generation_prompt %}{{ " + json.dumps(header) + " }}{% endif %}"
-            )
-            self.adapt(f"has no generation prompt: {header!r} goes behind prompts", template=asking)
-            prompt, header = prompt + header, ""
+        asks = not header.strip() or prompt != self.write([user], generation=False)
+        require(asks, f"--model: its chat template has no generation prompt: add {header!r}, behind prompts, to it")
         added, stops = tokenizer.added_tokens_decoder, stop_ids(policy, tokenizer)
         end = next((i for i in self.tokens(whole.split(ANSWER)[1]) if i in added or i in stops), None)
         if end is None:
             ended = "m.content + (eos_token if loop.last and m.role == 'assistant' else '')"
-            self.adapt("ends no turn by a token: EOS goes behind answers", new=ended)
+            self.adapt("ends no turn by a token: EOS goes behind answers", ended)
         elif end not in stops:
             print(f"the chat template ends a turn with {added[end].content}, which is not EOS: it stops answers, too")
             policy.generation_config.eos_token_id = [*stops, end]
@@ -977,14 +943,11 @@ class Chat:
         special = {i: t.content for i, t in added.items() if t.special or i in self.stops}
         self.control = {i: text for i, text in special.items() if "think>" not in text and i != tokenizer.unk_token_id}
         self.header = between.removeprefix(special.get(end, "")).strip()  # like [/INST]
-        channel = any(token in header for token in self.control.values()) and whole.startswith(prompt)
-        require(not channel, f"--model: its chat template begins an answer with {header!r}: not supported")
         self.thinks = between.rstrip().endswith("<think>")  # the prompt begins a thought
 
-    def adapt(self, what, role="", new="", template=""):
-        """Change tokenizer.chat_template, to `template` or so that it is given new contents, and say so."""
-        change = CHANGE.replace("ROLE", role).replace("NEW", new) + str(self.tokenizer.chat_template)
-        self.tokenizer.chat_template = template or change
+    def adapt(self, what, new, role=""):
+        """Change tokenizer.chat_template so that it is given `new` contents, and say so."""
+        self.tokenizer.chat_template = CHANGE.replace("ROLE", role).replace("NEW", new) + self.tokenizer.chat_template
         print(f"the chat template {what}")
 
     def shows(self, *messages):
@@ -1001,9 +964,9 @@ class Chat:
         for turn in turns:
             if found := next((token for token in self.control.values() if token in turn["content"]), None):
                 raise Refused(f"with {found} in the text")
-        generation = generation and not answer
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+            asks = generation and not answer
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
         except Exception:  # a template raises what it wants to
             raise Refused("rejected by the chat template") from None
 
@@ -1103,16 +1066,14 @@ def split_rows(policy, tokenizer, rows, args):
         extra = encode_rows(policy, tokenizer, extra, args, "--eval_prompts", every=True)
     same_as_begun(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", [rows, extra])
 
-    def key(row):  # what two rows have in common whose prompts are the same to the policy
-        ids = row.get("prompt_ids", [tokenizer.unk_token_id])
-        return str(row["prompt"] if tokenizer.unk_token_id in ids else ids)
+    def other(rows, known):  # rows whose prompt is, to the policy, none of the known ones'
+        apart = {str(row.get("prompt_ids")) for row in known}
+        return [row for row in rows if str(row["prompt_ids"]) not in apart]
 
-    apart = {key(row) for row in extra}
-    rows = [row for row in rows if key(row) not in apart]
+    rows = other(rows, extra)
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
     held_out = rows[: min(args.n_eval, len(rows) // 4)]
-    apart = {key(row) for row in held_out}
-    rows = [row for row in rows[len(held_out) :] if key(row) not in apart]
+    rows = other(rows[len(held_out) :], held_out)
     iterations = getattr(args, "iterations", 1)
     size = len(rows) // iterations
     few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
@@ -1166,12 +1127,11 @@ def load_config(name):
     path = from_rank0(make_tiny) if name == "tiny" else MODELS.get(name, name)
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
-    found = name and (Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)))
-    require(found, f"--model {name or repr(name)}: give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False), path
+        return AutoConfig.from_pretrained(path or "no name", trust_remote_code=False), path
     except Exception as error:
-        require(False, f"--model {name}: its config.json cannot be loaded: {error}"[:400])
+        wanted = f"give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME"
+        require(False, f"--model {name}: its config.json cannot be loaded ({str(error)[:300]}); {wanted}")
 
 
 def load_policy(name, device="cpu", checkpointing=False):
@@ -1181,12 +1141,10 @@ def load_policy(name, device="cpu", checkpointing=False):
     the model cannot be loaded, or is one that this project would compute wrongly.
     """
     config, path = load_config(str(name))
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2's scores, by eager alone
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # Gemma 2: sdpa cannot cap the scores
-        settings["attn_implementation"] = "eager"
-    elif "flash" in str(config._attn_implementation):  # a saved setting; it does not take decoding's masks
-        settings["attn_implementation"] = "sdpa"
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    settings["attn_implementation"] = "eager" if capped else "sdpa"  # whatever its config.json says
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         policy, report = AutoModelForCausalLM.from_pretrained(path, **settings)
@@ -1206,7 +1164,11 @@ def load_policy(name, device="cpu", checkpointing=False):
             else:
                 p.master_remainder = remainders[n]
     check_architecture(policy, name)
-    check_tokenizer(tokenizer, path, name)
+    if file := transformers.utils.cached_file(path, "tokenizer.json", **QUIET):
+        text = "How are you?\n\nFine (thanks), it's 12,345.\n\n    return 'a'; Où est-ce?"
+        right = tokenizers.Tokenizer.from_file(file).encode(text, add_special_tokens=False).ids
+        if right != tokenizer(text, add_special_tokens=False).input_ids:  # the wrong class in a config
+            print(f"--model {name}: {type(tokenizer).__name__} splits text otherwise than its tokenizer.json says")
     Chat(policy, tokenizer)  # says what the chat template lacks
     if checkpointing:
         use_checkpointing(policy)
@@ -1246,15 +1208,6 @@ def check_architecture(policy, name):
     require(right, f"--model {name}: its cache, masks or head are not those of a plain decoder: not supported")
 
 
-def check_tokenizer(tokenizer, path, name):
-    """Say if transformers made another tokenizer than tokenizer.json describes, as a wrong class in a config does."""
-    text = "How are you?\n\nFine (thanks), it's 12,345.\n\n    return 'a'; Où est-ce?"
-    if file := transformers.utils.cached_file(path, "tokenizer.json", **QUIET):
-        right = tokenizers.Tokenizer.from_file(file).encode(text, add_special_tokens=False).ids
-        if right != tokenizer(text, add_special_tokens=False).input_ids:
-            print(f"--model {name}: {type(tokenizer).__name__} splits text otherwise than its tokenizer.json says")
-
-
 def stop_ids(policy, tokenizer):
     """All token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
     more = policy.generation_config.eos_token_id or []
@@ -1291,31 +1244,26 @@ class Checkpoint:
     """Everything that training needs to go on to the bit: weights with their master, optimiser, schedule, steps."""
 
     def __init__(self, file, policy, optimizer, scheduler, minutes):
-        self.file, self.policy, self.optimizer, self.scheduler = file, policy, optimizer, scheduler
-        self.minutes, self.saved = minutes, time.time()
+        self.file, self.policy, self.minutes, self.saved = file, policy, minutes, time.time()
+        self.parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
 
     def load(self):
         """Go back to where the file was written. Returns the steps done, [] where there is no file."""
         if not from_rank0(self.file.exists):
             return []
-        try:
-            state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
-            self.policy.load_state_dict(state["policy"])
-            for name, remainder in state["remainders"].items():
-                self.policy.get_parameter(name).master_remainder.copy_(remainder)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            return state["steps"]
-        except Exception as error:  # pickle's, zip's, torch's
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            require(False, f"{self.file}: damaged ({why}); remove it, and --resume trains this iteration anew"[:400])
+        state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, remainder in state["remainders"].items():
+            self.policy.get_parameter(name).master_remainder.copy_(remainder)
+        return state["steps"]
 
     def save(self, steps, now=False):
         """Write the file if the last one is `minutes` old, or `now`."""
         if RANK or (not now and time.time() - self.saved < 60 * self.minutes):
             return
-        state = {"policy": self.policy.state_dict(), "remainders": master_remainders(self.policy), "steps": steps}
-        state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"remainders": master_remainders(self.policy), "steps": steps}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, f"{self.file}.part")
         os.replace(f"{self.file}.part", self.file)
@@ -1709,15 +1657,14 @@ class PairRM:
 
     def __init__(self, name="llm-blender/PairRM-hf", device="cpu"):
         self.device = torch.device(device)
-        found = name and (Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-        require(found, f"--judge {name!r}: give {', '.join(JUDGES)}, or a PairRM's folder or hub id ORG/NAME")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             config = transformers.DebertaV2Config.from_pretrained(name)
             self.marks = config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id
             self.net, report = PairRMNet.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         except Exception as error:
-            require(False, f"--judge {name}: no PairRM like llm-blender/PairRM-hf: {error}"[:400])
+            wanted = f"give {', '.join(JUDGES)}, a folder, or a hub id ORG/NAME"
+            require(False, f"--judge {name}: no PairRM like llm-blender/PairRM-hf ({str(error)[:300]}); {wanted}")
         holes = sorted(map(str, report["missing_keys"]))
         require(not holes, f"--judge {name}: not all of PairRM: it lacks {', '.join(holes[:3])}")
         self.net.eval()
@@ -1752,11 +1699,10 @@ class PairRM:
             size = len(rows[0][0])
             n = max(1, PAIRRM_SCORES // (size * max(size, 512)))
             part, rows = rows[:n], rows[n:]
-            ids = pad_sequence([torch.tensor(row) for row, _, _ in part], True, self.tokenizer.pad_token_id)
-            mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _, _ in part], True)
+            ids = self.tokenizer.pad({"input_ids": [row for row, _, _ in part]}, return_tensors="pt").to(device)
             at = torch.tensor([at for _, at, _ in part], device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                scores = self.net(ids.to(device), mask.to(device), at).cpu()
+                scores = self.net(ids.input_ids, ids.attention_mask, at).cpu()
             logits[tuple(zip(*(place for _, _, place in part), strict=True))] = scores
         self.net.cpu()  # makes room for the policy's training
         return logits
@@ -1797,8 +1743,8 @@ class LLMJudge:
     """
 
     def __init__(self, url, model, cache=CACHE / "judge.jsonl"):
-        require(url and model, "--judge llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
-        require(re.match(r"https?://.", url), f"--judge_url {url}: give an address like http://localhost:8000/v1")
+        fine = model and re.match(r"https?://.", url)
+        require(fine, "--judge llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         self.url, self.model, self.cache = url.rstrip("/"), model, cache
         self.pool = ThreadPoolExecutor(max(1, 16 // RANKS))
         rows = read_jsonl(cache)
@@ -1909,10 +1855,6 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     """
     folder, names = run / f"iter_{t}", ("instruction", "output", "generator")
     earlier = [read_jsonl(run / f"iter_{i}" / "answers.jsonl") for i in range(t)]
-    asked = [row["prompt"] for row in held_out if "benchmark" not in row]
-    for i, known in enumerate(earlier):
-        same = [row.get("prompt") for row in known] == asked
-        require(same, f"{run}/iter_{i}/answers.jsonl: damaged: its rows are not the answers to the held-out prompts")
     can = [row for row in held_out if "prompt_ids" in row]  # not all of --eval_prompts: their place stays, without text
     draw = partial(sample, policy, tokenizer, k=1, seed=f"{args.seed} evaluate {t}", args=args)
     answered = iter(shared(draw, can))
@@ -1932,12 +1874,8 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     if judge and earlier:
         answers = [[row["responses"][0] for row in same] for same in zip(*earlier, rows, strict=True)]  # oldest first
         ranked = [{"prompt": x, "responses": same} for x, same in zip(prompts, answers, strict=True)]
-
-        def against_each(some):
-            parts = [preferences(judge, some[i : i + 64])[:, -1, :-1] for i in range(0, len(some), 64)]
-            return torch.cat(parts).tolist()
-
-        wins = torch.tensor(shared(against_each, ranked))  # (B, t), against each earlier one
+        wins = shared(lambda some: preferences(judge, some)[:, -1, :-1].tolist(), ranked)
+        wins = torch.tensor(wins)  # (B, t), against each earlier one
         metrics["wins_vs_start"], metrics["se"] = wins[:, 0].mean().item(), (wins[:, 0].std() / len(wins) ** 0.5).item()
         # Judges like length. At equal length: the intercept of a line through wins over (len - len') / (len + len').
         now, then = (numpy.array([len(same[i]["ids"]) for same in answers]) for i in (-1, 0))

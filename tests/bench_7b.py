@@ -12,18 +12,17 @@ import time
 import torch
 from transformers import DebertaV2Config, MistralConfig, MistralForCausalLM, get_constant_schedule
 
-from measure import column, common, limits, make_parser, one_step, record
+from measure import column, common, limits, make_parser, one_step, record, timed
 from sppo import sppo_loss
 
 MICRO_TOKENS = 16384
 
 
-def timed(function, *inputs):
+def spent(function, *inputs):
     """(result, seconds, peak GB)."""
     torch.cuda.reset_peak_memory_stats()
-    start, result = time.perf_counter(), function(*inputs)
-    torch.cuda.synchronize()
-    return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+    seconds, result = timed("cuda", function, *inputs)
+    return result, seconds, torch.cuda.max_memory_allocated() / 1e9
 
 
 def main():
@@ -52,7 +51,7 @@ def main():
         return common.generate(policy, prompts, k=5, max_new_tokens=args.new_tokens, eos_ids=[-1], slots=args.slots)
 
     sample()
-    rows, seconds, gb = timed(sample)
+    rows, seconds, gb = spent(sample)
     tokens = sum(len(ids) for row in rows for ids in row)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     read = 2 * n + len(prompts) * 5 * kv * (256 + args.new_tokens / 2)
@@ -72,7 +71,7 @@ def main():
 
     step = policy, optimizer, get_constant_schedule(optimizer), pairs, MICRO_TOKENS, loss_of
     one_step(*step)
-    _, seconds, gb = timed(one_step, *step)
+    _, seconds, gb = spent(one_step, *step)
     done = 6 * n * args.pairs * 2 * (256 + 400) / seconds
     training = {"pairs/s": args.pairs / seconds, "TFLOP/s": done / 1e12, "% of it": 100 * done / flops, "peak GB": gb}
     print("training", *(f"{figure:,.1f} {name}" for name, figure in training.items()), sep="   ")
@@ -84,7 +83,7 @@ def main():
     ids = torch.randint(1000, (8, 1000), device=args.device)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         net(ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
-        _, seconds, gb = timed(net, ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
+        _, seconds, gb = spent(net, ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
     judging = {"pairs of 1,000 tokens/s": len(ids) / seconds, "peak GB": gb}
     print("PairRM", *(f"{figure:,.1f} {name}" for name, figure in judging.items()), sep="   ")
     record(args, where, sampling=sampling, training=training, judging=judging)

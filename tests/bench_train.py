@@ -11,15 +11,14 @@ chats, at most 512 in all; prompts are 0.4 of prompt and response on average.
  * TRL: its training_step on what its data collator pads; all pairs at once, or 4 (CUDA: 8) of similar length, as
    gradient_accumulation_steps and train_sampling_strategy="group_by_length" would do. padding_free is left out: it
    warns and pads. On a device without Triton its head also scores prompts and padding.
-All take turns; ratios are medians of the rounds' ratios. Memory is the peak of the second step beyond weights and
-optimiser state; see measure.peak_memory. Target: twice the pairs per second of TRL's better row.
+All take turns; ratios are medians of the rounds' ratios. Memory is the peak of a step beyond weights and optimiser
+state. Target: twice the pairs per second of TRL's better row.
 """
 
 import copy
 import os
 import random
 import tempfile
-import time
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -126,61 +125,37 @@ def inputs(args):
     return policy.to(args.device, getattr(torch, args.dtype)).eval(), pairs
 
 
-def print_time(args):
+def main():
+    parser = measure.make_parser(__doc__, repeats=3)
+    parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    args.dtype, args.micro_tokens, args.trl_pairs = ("bfloat16", 8192, 8) if cuda else ("float32", 2048, 4)
+    args.size = args.size or ([2048, 16, 32768] if cuda else [256, 4, 8192])
+    print(where := measure.header(args, "torch", "transformers", "trl"))
     policy, pairs = inputs(args)
     steps, norms = {}, {}
 
     def run(name, turn):
         if not turn:
             steps[name] = CONTESTANTS[name](copy.deepcopy(policy), pairs, args)
-        measure.synchronize(args.device)
-        start, norm = time.perf_counter(), steps[name]()
-        measure.synchronize(args.device)
+        took, norm = measure.timed(args.device, steps[name])
         norms.setdefault(name, norm)  # of the first step
-        return time.perf_counter() - start
+        return took, measure.peak_memory(args.device, steps[name])
 
-    def figures(name, took):
-        others = seconds["ours"], seconds["DPO of sr_dpo.py"]
-        ratios = [median(x / y for x, y in zip(took, other, strict=True)) for other in others]
-        return len(pairs) / median(took), *ratios, norms[name]
+    def figures(name, rounds):
+        took, peaks = zip(*rounds, strict=True)
+        others = results["ours"], results["DPO of sr_dpo.py"]
+        ratios = [median(x / y for x, (y, _) in zip(took, other, strict=True)) for other in others]
+        return len(pairs) / median(took), *ratios, median(peaks) / 2**20, norms[name]
 
     flops, _ = measure.limits(args)
     tokens = sum(len(pair["prompt_ids"]) + len(y["ids"]) for pair in pairs for y in pair["responses"])
-    seconds = measure.take_turns(CONTESTANTS, run, args.repeats)
-    share = 6 * policy.num_parameters() * tokens / median(seconds["ours"]) / flops
-    print(f"ours: {share:.0%} of the speed of products here, counting 6 x parameters x unpadded tokens")
-    formats = {"pairs/s": ".2f", "time / ours": ".2f", "time / DPO": ".2f", "gradient norm": ".3f"}
-    return measure.show("a step", formats, seconds, figures)
-
-
-def print_memory(args):
-    policy, pairs = inputs(args)
-
-    def run(name, turn):
-        if turn:
-            step = CONTESTANTS[name](copy.deepcopy(policy), pairs, args)
-            step()  # loads libraries, makes the optimiser's state
-            return measure.peak_memory(args.device, step)
-
-    peaks = measure.take_turns(CONTESTANTS, run, 1)
-    formats, mine = {"MiB": ",.0f", "by ours": ".2f"}, peaks["ours"][0]
-    print()
-    return measure.show("memory of a step", formats, peaks, lambda _, peak: (peak[0] / 2**20, peak[0] / mine))
-
-
-def main():
-    parser = measure.make_parser(__doc__, repeats=3)
-    parser.add_argument("--size", type=int, nargs=3, help="hidden size, layers, vocabulary of the policy, by device")
-    parser.add_argument("--memory_only", action="store_true", help="only the second table")
-    args = parser.parse_args()
-    cuda = args.device == "cuda"
-    args.dtype, args.micro_tokens, args.trl_pairs = ("bfloat16", 8192, 8) if cuda else ("float32", 2048, 4)
-    args.size = args.size or ([2048, 16, 32768] if cuda else [256, 4, 8192])
-    if args.memory_only:
-        return measure.record(args, memory=print_memory(args))
-    print(where := measure.header(args, "torch", "transformers", "trl"))
-    measure.record(args, where, time=print_time(args))
-    measure.memory_in_a_child()
+    results = measure.take_turns(CONTESTANTS, run, args.repeats)
+    speed = 6 * policy.num_parameters() * tokens / median(took for took, _ in results["ours"])
+    print(f"ours: {speed / flops:.0%} of the speed of products here, counting 6 x parameters x unpadded tokens")
+    formats = {"pairs/s": ".2f", "time / ours": ".2f", "time / DPO": ".2f", "MiB": ",.0f", "gradient norm": ".3f"}
+    measure.record(args, where, table=measure.show("a step", formats, results, figures))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """What the benches share: where they ran, taking turns, the peak memory of a call, and the record."""
 
 import argparse
+import itertools
 import json
-import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -19,7 +18,6 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-OPTIONAL = ("trl", "liger_kernel", "datasets")
 RESULTS = Path(__file__).resolve().parent / "claims" / "results"
 
 
@@ -44,7 +42,7 @@ def header(args, *packages):
 
 def reason(error):
     """Why a row has no figures, in one line."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in OPTIONAL:
+    if isinstance(error, ModuleNotFoundError):
         return "not installed"
     return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
 
@@ -64,21 +62,25 @@ def take_turns(contestants, run, repeats):
 def show(title, formats, results, figures):
     """Print and return the table {name: its figures, or {"reason": why it has none}}.
 
-    formats: {column: format}; figures(name, result) -> numbers, None for unknown.
+    formats: {column: format}; figures(name, result) -> numbers.
     """
     print(f"{title:<38}" + "".join(f"{column:>24}" for column in formats))
     table = {}
     for name, found in results.items():
         known = dict(zip(formats, figures(name, found), strict=True)) if not isinstance(found, str) else None
-        cells = [f"{'-' if x is None else format(x, formats[column]):>24}" for column, x in (known or {}).items()]
+        cells = [f"{format(x, formats[column]):>24}" for column, x in (known or {}).items()]
         print(f"{name:<38}" + ("".join(cells) if known else found))
         table[name] = known or {"reason": found}
     return table
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def timed(device, function, *inputs):
+    """(seconds, result) of a call."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start, result = time.perf_counter(), function(*inputs)
+    wait()
+    return time.perf_counter() - start, result
 
 
 def limits(args):
@@ -88,40 +90,23 @@ def limits(args):
     best, (b, c) = [], (a.repeat(16, 1) for _ in range(2))
     for call, amount in ((lambda: a @ a, 2 * n**3), (lambda: b.copy_(c), 2 * b.numel() * b.itemsize)):
         call()
-        times = []
-        for _ in range(5):
-            synchronize(args.device)
-            start = time.perf_counter()
-            call()
-            synchronize(args.device)
-            times.append(time.perf_counter() - start)
-        best.append(amount / min(times))
+        best.append(amount / min(timed(args.device, call)[0] for _ in range(5)))
     print(f"here: products {best[0] / 1e12:.2f} TFLOP/s, memory {best[1] / 1e9:.0f} GB/s")
     return best
 
 
 def peak_memory(device, function, *inputs):
-    """Bytes at the peak of a call beyond what was there before it; on the CPU Linux only, see memory_in_a_child."""
+    """Bytes of tensors at the peak of a call, beyond what was there before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function(*inputs)
         return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1])  # KiB in memory now
-    function(*inputs)
-    return 1024 * (int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before)  # at most, since then
-
-
-def memory_in_a_child():
-    """Run this command again with --memory_only, where malloc gives tensors from 1 MiB on pages of their own.
-
-    Kept ones would hide, or seem to be, memory of the next call.
-    """
-    sys.stdout.flush()
-    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    subprocess.run([sys.executable, *sys.argv, "--memory_only"], env=environ, check=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*inputs)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def cpu():
@@ -143,21 +128,13 @@ def write(name, result, folder=RESULTS):
     (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def record(args, where=None, **tables):
-    """With --record, write tables, as show returns them, to FOLDER/NAME.json.
-
-    A child of memory_in_a_child, which has no `where`, adds them to what its parent has just written.
-    """
-    if not args.record:
-        return
-    script = Path(sys.argv[0])
-    name = script.stem + ("_cuda" if args.device == "cuda" else "")
-    if where:
+def record(args, where, **tables):
+    """With --record, write tables, as show returns them, to FOLDER/NAME.json."""
+    if args.record:
+        script = Path(sys.argv[0])
         command = shlex.join(["python", f"tests/{script.name}", *sys.argv[1:]])
-        found = {"command": command, "where": where, "cpu": cpu()}
-    else:
-        found = json.loads((args.record / f"{name}.json").read_text(encoding="utf-8"))
-    write(name, {**found, **tables}, args.record)
+        name = script.stem + ("_cuda" if args.device == "cuda" else "")
+        write(name, {"command": command, "where": where, "cpu": cpu(), **tables}, args.record)
 
 
 def one_step(policy, optimizer, scheduler, pairs, micro_tokens, loss_of):

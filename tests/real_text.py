@@ -37,11 +37,9 @@ import sr_dpo
 from measure import common
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-ALPACA, HH = (
-    "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json",
-    "hf://datasets/Anthropic/hh-rlhf/harmless-base/test",
-)
-DATA = {"sppo": [ALPACA, f"{HH}.jsonl.gz"], "dno": [ALPACA, f"{HH}.jsonl.gz"], "sr_dpo": [f"{HH}.jsonl.gz"]}
+ALPACA = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
+HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz"
+DATA = {"sppo": [ALPACA, HH], "dno": [ALPACA, HH], "sr_dpo": [HH]}
 SELF_PLAY = {"judge": "sentiment", "limit": 384, "n_eval": 64, "iterations": 2, "k": 3}
 OFFLINE = {"judge": "", "limit": 192, "n_eval": 48, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
 SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "limit": 300, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
@@ -140,20 +138,17 @@ def main():
     file, sources = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
     short_pairs(sources, file, *SIZES[args.device]) if args.script == "sr_dpo" else questions(sources, file)
     settings = {"model": "smollm2-135m", **SETTINGS[args.script], **(LARGE[args.script] if cuda else {})}
-    settings |= {"device": args.device}
-    settings |= {"pairs" if args.script == "sr_dpo" else "prompts": file}
+    settings |= {"device": args.device, "pairs" if args.script == "sr_dpo" else "prompts": file}
     variants = {args.script: {}}
     if args.script == "sr_dpo":
         variants = {name: {"loss": loss, "lam": lam} for name, (loss, lam) in METHODS.items()}
     stamp, tables, log_ratios, answers = time.strftime("%Y%m%d-%H%M%S"), {}, {}, []
     jobs = [(seed, name) for seed in range(1, args.seeds + 1) for name in variants]
     with ProcessPoolExecutor(4 if cuda else 1, multiprocessing.get_context("spawn")) as pool:
-        running = [
-            pool.submit(
-                run, args.script, {**settings, **variants[name]}, seed, f"real-{stamp}-{name.lower()}-s{seed}", model
-            )
-            for seed, name in jobs
-        ]
+        running = []
+        for seed, name in jobs:
+            job = {**settings, **variants[name]}, seed, f"real-{stamp}-{name.lower()}-s{seed}"
+            running.append(pool.submit(run, args.script, *job, model))
         for (seed, name), job in zip(jobs, running, strict=True):
             table, steps, some = job.result()
             tables.setdefault(name, []).append(table)

@@ -29,10 +29,8 @@ def main(run, t):
     more = {"temperature": args.temperature, "top_p": args.top_p, **lengths}
     settings = SamplingParams(n=args.k, **more)
     found = engine.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
-    rows = [
-        {**row, "responses": [chat.sampled(list(y.token_ids)) for y in one.outputs]}
-        for row, one in zip(rows, found, strict=True)
-    ]
+    answers = [[chat.sampled(list(y.token_ids)) for y in one.outputs] for one in found]
+    rows = [{**row, "responses": ys} for row, ys in zip(rows, answers, strict=True)]
     common.write_jsonl(Path(run) / f"iter_{t}" / "responses.jsonl", rows)
 
 

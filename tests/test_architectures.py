@@ -5,15 +5,9 @@ import torch
 import transformers as hf
 
 import common
+import test_generate
 
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256}
+SIZES = {**test_generate.SIZES, "vocab_size": 101, "num_hidden_layers": 2, "max_position_embeddings": 256}
 SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 PLAIN = ["Ernie4_5", "GPT2", "InternLM3", "Mixtral", "Nemotron", "OPT", "Olmo2", "Olmo3", "Persimmon"]
 PLAIN += ["Qwen2", "Qwen3Moe", "SeedOss", "SmolLM3", "StableLm", "Starcoder2"]
@@ -33,8 +27,6 @@ REFUSED = {  # and a word of the reason
     "Falcon": "AttentionInterface",
     "GPTNeo": "local",
 }
-
-
 LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 10}
 MORE = {"Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, "GptOss": {"head_dim": 8}}
 MORE["GPTNeo"] = {**LOCAL, "num_hidden_layers": 2}

@@ -47,23 +47,15 @@ TURN, IM = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", ["<|im_start
 HEADER = ASK + "<|im_start|>assistant\n{% endif %}"
 CHATML = EACH + TURN + END + HEADER
 RAISES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-INST = (
-    RAISES + "<s>" + EACH + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}BLANK{{ m.content }}</s>"
-)
-INST += "{% endif %}" + END
+INST = RAISES + "<s>" + EACH + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+INST += "BLANK{{ m.content }}</s>{% endif %}" + END
 HEADS = EACH + "{{ '<bos>' if loop.first }}<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<eos>" + END
 HEADS += ASK + "<h>assistant</h>\n\n{% endif %}"
 ZEPHYR = EACH + "<|{{ m.role }}|>\n{{ m.content }}<eos>\n" + END + ASK + "<|assistant|>\n{% endif %}"
-GEMMA = (
-    "<bos>" + RAISES + EACH + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n"
-)
-GEMMA += END + ASK + "<turn>model\n{% endif %}"
-PHI = (
-    EACH
-    + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
-    + END
-    + "{{ '<|assistant|>\n' if add_generation_prompt else '<eos>' }}"
-)
+GEMMA = "<bos>" + RAISES + EACH + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+GEMMA += "{{ m.content | trim }}<end>\n" + END + ASK + "<turn>model\n{% endif %}"
+PHI = EACH + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + END
+PHI += "{{ '<|assistant|>\n' if add_generation_prompt else '<eos>' }}"
 THINK = EACH + "<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last and "
 THINK += "'<think>' not in m.content }}{{ m.content }}<|im_end|>\n" + END + HEADER
 SEEK = "<bos>" + EACH + "{% if m.role == 'user' %}User: {{ m.content }}\n\n{% elif m.role == 'assistant' %}Assistant: "
@@ -78,10 +70,8 @@ CASES = {  # tokenizer; what "Hi" becomes, what "Yes, Paris." behind it, what "B
     "chatml": (tokenizer(CHATML, IM, eos="<|im_end|>"), ASKS, YES, BRIEF + ASKS, ""),
     "llama-3": (
         tokenizer(HEADS, ["<h>", "</h>"], bos="<bos>"),
-        "<bos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n",
-        "Yes, Paris.<eos>",
-        "<bos><h>system</h>\n\nBe brief<eos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n",
-        "",
+        *("<bos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n", "Yes, Paris.<eos>"),
+        *("<bos><h>system</h>\n\nBe brief<eos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n", ""),
     ),
     "mistral": (
         tokenizer(INST.replace("BLANK", ""), eos="</s>", bos="<s>", sentencepiece=True),
@@ -118,10 +108,6 @@ CASES = {  # tokenizer; what "Hi" becomes, what "Yes, Paris." behind it, what "B
     "system dropped": (
         tokenizer(SILENT, IM, eos="<|im_end|>"),
         *(ASKS, YES, ASKS.replace("Hi", "Be brief\n\nHi"), "writes no system turn"),
-    ),
-    "no generation prompt": (
-        tokenizer(EACH + TURN + END, IM, eos="<|im_end|>"),
-        *(ASKS, YES, BRIEF + ASKS, "has no generation prompt: '<|im_start|>assistant\\n' goes behind prompts"),
     ),
     "another eos": (tokenizer(CHATML, [*IM, "<|im_end|>"]), ASKS, YES, BRIEF + ASKS, "ends a turn with <|im_end|>"),
     "no end": (
@@ -166,9 +152,7 @@ def test_what_a_template_lacks_is_said_once_and_stays(name, capsys):
     assert again.response(talk, "fine", 9) == one.response(talk, "fine", 9)
 
 
-@pytest.mark.parametrize(
-    "answer", ["\n\nA line", "  blanks", "def add(a):\n    return a\n", "Où? 🙂", "user: Hi\n\n\n"]
-)
+@pytest.mark.parametrize("answer", ["\n\nA line", "  blanks", "def f(a):\n    return a\n", "Où? 🙂", "user: Hi\n\n"])
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma", "deepseek", "no end", "none"])
 def test_nothing_of_an_answer_is_lost(name, answer):
     one = chat(name)
@@ -201,9 +185,8 @@ def test_text_that_spells_control_tokens_or_is_rendered_already_is_refused(name,
 
 
 def test_a_template_that_writes_letters_behind_or_in_front_is_read_rightly(capsys):
-    letters = (
-        EACH + "{{ m.role[0] }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}" + END + ASK + "a{% endif %}"
-    )
+    letters = EACH + "{{ m.role[0] }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}" + END
+    letters += ASK + "a{% endif %}"
     one = chat(tokenizer(letters))
     assert one.tokenizer.decode(one.prompt_ids(turns("Hi"))) == "uHia" and "parts" not in capsys.readouterr().out
     one = chat(tokenizer("Use Markdown. Mark well. " + CHATML, IM, eos="<|im_end|>"))
@@ -233,10 +216,7 @@ def test_a_turn_that_is_not_written_is_refused():
         (EACH + "{% if m.role == 'user' %}" + TURN + "{% endif %}" + END + HEADER, "does not write a question and its"),
         ("{{ raise_exception('no') }}", "does not write a question and its answer"),
         (EACH + TURN + TURN + END + HEADER, "does not write a question and its answer"),
-        (
-            CHATML.replace("{{ m.content }}", "{{ '<|im_start|>final ' if m.role == 'assistant' }}{{ m.content }}"),
-            "begins",
-        ),
+        (EACH + TURN + END, "its chat template has no generation prompt: add '<|im_start|>assistant\\n'"),
     ],
 )
 def test_templates_of_no_use_are_refused(template, words, capsys):
@@ -263,19 +243,14 @@ def test_rows_are_left_out_and_counted_by_reason(capsys):
     t = copy.deepcopy(CASES["mistral"][0])
     policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     texts = ["Hi", "a </s>", "b </s>", "[INST] [/INST]", "x" * 99, "Hello"]
-    rows = [
-        {"prompt": turns(text), "gold": "</s>" if text == "Hello" else "yes", "n": n} for n, text in enumerate(texts)
-    ]
+    golds = ["</s>" if text == "Hello" else "yes" for text in texts]
+    rows = [{"prompt": turns(x), "gold": y, "n": n} for n, (x, y) in enumerate(zip(texts, golds, strict=True))]
     args = SimpleNamespace(max_prompt_tokens=50, max_new_tokens=2)
     (kept,) = common.encode_rows(policy, t, rows, args, "--gold", ["gold"])
     assert kept["n"] == 0 and kept["gold"]["text"] == "yes" and len(kept["gold"]["ids"]) == 2
     said = capsys.readouterr().out
-    for why in (
-        "3 of 6 left out: with </s> in",
-        "1 of 6 left out: rendered already",
-        "1 of 6 left out: over --max_prompt",
-    ):
-        assert f"--gold: {why}" in said
+    for n, why in ((3, "with </s> in"), (1, "rendered already"), (1, "over --max_prompt")):
+        assert f"--gold: {n} of 6 left out: {why}" in said
     with pytest.raises(SystemExit):
         common.encode_rows(policy, t, rows[1:4], args)
     assert "none is left: all are with </s> in the text or rendered already" in capsys.readouterr().err

@@ -82,10 +82,8 @@ def test_every_comparison_is_of_figures_that_there_are():
     for name, claim in tiny.CLAIMS.items():
         for one in claim.comparisons:
             assert one.measure in claim.measures, (name, one)
-            assert all(label in claim.variants or isinstance(label, float) for label in one.more + one.less), (
-                name,
-                one,
-            )
+            labels = one.more + one.less
+            assert all(label in claim.variants or isinstance(label, float) for label in labels), (name, one)
         for script, settings in claim.variants.values():
             tiny.SCRIPTS[script].Args(**settings)  # raises at a flag that is none
 

@@ -64,8 +64,8 @@ def generate_plain(policy, prompts, *, k, max_new_tokens, temperature=1.0, top_p
     """`generate` without a cache and without slots: a whole forward of every row for every token."""
     out = []
     for prompt in prompts:
-        noise = torch.stack([uniforms(seed, prompt, j, max_new_tokens) for j in range(k)])
-        ids = torch.tensor([prompt] * k)
+        noise = torch.stack([uniforms(seed, prompt, j, max_new_tokens) for j in range(k)]).to(policy.device)
+        ids = torch.tensor([prompt] * k, device=policy.device)
         for n in range(max_new_tokens):
             hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
             token = sample_tokens(head_logits(hidden, **head(policy)), noise[:, n], temperature, top_p)
@@ -105,10 +105,11 @@ def test_greedy_equals_generate_of_transformers_and_the_architecture_is_accepted
 
 # The kernel -----------------------------------------------------------------------------------------------------------
 
+WIDE = {"hidden_size": 96, "num_attention_heads": 6, "initializer_range": 0.15}
 MORE = {  # heads that are no power of two, one for all queries, three queries to a key; a window of two blocks
     "llama-heads-of-20": (hf.LlamaConfig, {"head_dim": 20}),
     "llama-heads-of-80": (hf.LlamaConfig, {"head_dim": 80, "num_key_value_heads": 1}),
-    "mistral-window-70": (hf.MistralConfig, {"sliding_window": 70, "hidden_size": 96, "num_attention_heads": 6}),
+    "mistral-window-70": (hf.MistralConfig, {"sliding_window": 70, **WIDE}),
 }
 
 
@@ -258,14 +259,7 @@ def test_tokens_have_the_frequencies_of_the_exact_distribution(mistral, top_p):
     assert not follows(seconds, exact(mistral, prompt, 0.7, top_p))
 
 
-def test_top_p_never_leaves_the_nucleus_and_a_tiny_one_is_greedy(mistral):
-    settings = {"k": 20, "max_new_tokens": 3, "temperature": 1.3, "eos_ids": []}
-    outside = {}  # top_p -> how many tokens are outside the nucleus of 0.4
-    for top_p in (0.4, 1.0):
-        rows = zip(PROMPTS, generate(mistral, PROMPTS, **settings, top_p=top_p), strict=True)
-        tokens = [([*x, *y[:n]], token) for x, row in rows for y in row for n, token in enumerate(y)]
-        outside[top_p] = sum(exact(mistral, ids, 1.3, 0.4)[token].item() == 0 for ids, token in tokens)
-    assert outside[0.4] == 0 and outside[1.0] > 90, outside
+def test_a_tiny_top_p_is_greedy(mistral):
     settings = {"k": 3, "max_new_tokens": 20, "eos_ids": EOS}
     greedy = generate(mistral, PROMPTS, **settings, temperature=0)
     assert generate(mistral, PROMPTS, **settings, top_p=1e-6) == greedy

@@ -146,9 +146,8 @@ def test_what_others_put_into_a_folder(tmp_path, tokenizer, capsys):
     assert {file.name for file in (tmp_path / "final").iterdir()} == {f.name for f in (tmp_path / "model").iterdir()}
     raw = json.loads((tmp_path / "model/tokenizer.json").read_text())  # transformers rebuilds what this class is not
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(raw | {"pre_tokenizer": {"type": "Whitespace"}}))
-    (tmp_path / "model/tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"})
-    )
+    other = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(other))
     load_policy(tmp_path / "model")
     assert "splits text otherwise than its tokenizer.json says" in capsys.readouterr().out
     (tmp_path / "model/adapter_config.json").write_text('{"peft_type": "LORA"}')

@@ -15,13 +15,13 @@ def slices(monkeypatch):
     monkeypatch.setattr(common, "SLICE", 100)  # smaller than the parameters
 
 
-def train_both(steps, lr, same_moment, **settings):
+def train_both(steps, lr, same_moment, device="cpu", **settings):
     """SplitMaster and torch's RMSprop on float32 parameters: (start, parameters and masters of ours, torch's).
 
     Both get the same gradients and rates. same_moment: before each step torch's gets our moment, rounded as it is.
     """
     torch.manual_seed(0)
-    start = [(torch.randn(shape) * 0.02).bfloat16() for shape in ((7, 50), (33,))]
+    start = [(torch.randn(shape) * 0.02).to(device, torch.bfloat16) for shape in ((7, 50), (33,))]
     mine, right = [torch.nn.Parameter(w.clone()) for w in start], [torch.nn.Parameter(w.float()) for w in start]
     optimizers = [SplitMaster(mine, lr, **settings), torch.optim.RMSprop(right, lr, **settings)]
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, total_iters=steps) for o in optimizers]

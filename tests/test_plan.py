@@ -46,9 +46,7 @@ def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys
         (80, 1000, {"max_new_tokens": 40_000}, "lower these"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
-    seven_b, monkeypatch, capsys, gigabytes, disk, flags, words
-):
+def test_what_does_not_fit_is_refused_with_a_remedy(seven_b, monkeypatch, capsys, gigabytes, disk, flags, words):
     on(monkeypatch, gigabytes, disk)
     with pytest.raises(SystemExit) as stopped:
         common.check_fit(sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", **flags}))

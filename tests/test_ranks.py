@@ -48,9 +48,8 @@ def test_several_ranks_make_the_run_of_one(workdir, script, n):
     assert several.returncode == 0, said
     assert said.count("The task: ") == said.count("prompts to train on") == 1 and f"{n} ranks" in said
     several = Path("runs/several")
-    assert {file.relative_to(one) for file in one.rglob("*")} == {
-        file.relative_to(several) for file in several.rglob("*")
-    }
+    mine, theirs = ({file.relative_to(folder) for file in folder.rglob("*")} for folder in (one, several))
+    assert mine == theirs
     for file in one.glob("iter_1/*.jsonl"):
         assert same(lines(file), lines(several / "iter_1" / file.name)), file
     if script != "sr_dpo":  # a sample depends on seed, prompt and index alone
@@ -67,9 +66,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_with_another_numbe
         assert killed.poll() is None, killed.stdout.read()
         if (workdir / "runs/x/iter_1/responses.jsonl").exists():
             break
-    workers = subprocess.run(
-        ["pgrep", "-P", str(killed.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
+    workers = subprocess.check_output(["pgrep", "-P", str(killed.pid)], text=True).split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert killed.wait(60) != 0
     resumed = torchrun(3, ROOT / "sppo.py", resume="runs/x")

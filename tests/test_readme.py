@@ -17,9 +17,7 @@ import dno
 import sppo
 import sr_dpo
 
-README, TESTS, CLAIMS = (
-    (ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "tests/README.md", "tests/claims/README.md")
-)
+README, TESTS, CLAIMS = ((ROOT / folder / "README.md").read_text("utf-8") for folder in (".", "tests", "tests/claims"))
 SCRIPTS = {"sppo.py": sppo, "dno.py": dno, "sr_dpo.py": sr_dpo}
 
 
@@ -68,9 +66,8 @@ def test_line_counts():
 def commands():
     """(script, its words) of every command of a script, in blocks and within sentences."""
     text = (README + TESTS + CLAIMS).replace("\\\n", " ")
-    found = re.findall(
-        r"(?:^|`)(?:python|torchrun --nproc_per_node 8) ((?:sppo|dno|sr_dpo)\.py(?: [^`\n&#]*)?)", text, re.M
-    )
+    start = r"(?:^|`)(?:python|torchrun --nproc_per_node 8) "
+    found = re.findall(start + r"((?:sppo|dno|sr_dpo)\.py(?: [^`\n&#]*)?)", text, re.M)
     return sorted({tuple(shlex.split(line)) for line in found})
 
 
@@ -115,9 +112,8 @@ def test_every_file_that_is_named_or_shown_exists(text, folder):
 def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", sppo.sppo_loss)  # which the code replaces
     monkeypatch.setattr(common, "JUDGES", dict(common.JUDGES))
-    monkeypatch.setattr(
-        sys, "argv", ["mine.py", "--judge=shorter", "--limit=40", "--n_eval=8", "--iterations=1", "--name=x"]
-    )
+    flags = "--judge=shorter --limit=40 --n_eval=8 --iterations=1 --name=x"
+    monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
     scope = {}
     exec(README.split("```python\n")[1].split("```")[0], scope)
     prefs = scope["shorter"]([[]], [["a", "bbb", "c"]])
@@ -192,18 +188,8 @@ def test_each_claim_has_the_verdict_and_the_figures_that_were_recorded(row):
 
 def test_no_claim_is_passed_over():
     recorded = {file.stem for file in (ROOT / "tests" / "claims" / "results").glob("*.json")}
-    others = {
-        "default",
-        "real_sppo",
-        "real_dno",
-        "real_sr_dpo",
-        "real_sppo_cuda",
-        "bench_7b_cuda",
-        "bench_logps",
-        "bench_generate",
-        "bench_train",
-    }
-    assert recorded - {row[0].strip("`") for row in ROWS} <= others
+    others = {name for name in recorded if name.startswith(("default", "real_", "bench_"))}
+    assert recorded - others == {row[0].strip("`") for row in ROWS}
 
 
 def numbers(value):

@@ -64,9 +64,8 @@ def test_ids_of_given_answers_are_those_of_the_whole_conversation(real, pairs):
     for pair in pairs:
         for answer in (pair["chosen"], pair["rejected"]):
             y = chat.response(pair["prompt"], answer, 999)
-            whole = tokenizer.apply_chat_template([*pair["prompt"], {"role": "assistant", "content": answer}])[
-                "input_ids"
-            ]
+            turns = [*pair["prompt"], {"role": "assistant", "content": answer}]
+            whole = tokenizer.apply_chat_template(turns)["input_ids"]
             assert [*chat.prompt_ids(pair["prompt"]), *y["ids"]] == whole[:-1]  # less the line's end behind the turn's
             assert y["finished"] and y["text"] == answer and tokenizer.decode(y["ids"][:-1]) == answer
 
@@ -75,10 +74,8 @@ def test_ids_of_given_answers_are_those_of_the_whole_conversation(real, pairs):
 def test_log_probs_are_within_1e_3_nats_of_float64(real, pairs, folder):
     policy, tokenizer = real
     chat, exact = common.Chat(policy, tokenizer), common.load_policy(folder)[0].double()
-    rows = [
-        (chat.prompt_ids(pair["prompt"]), chat.response(pair["prompt"], pair["chosen"], 999)["ids"]) for pair in pairs
-    ]
-    rows = sorted(rows, key=lambda row: len(row[1]))[-4:]  # the longest answers
+    pairs = sorted(pairs, key=lambda pair: len(pair["chosen"]))[-4:]  # the longest answers
+    rows = [(chat.prompt_ids(x := pair["prompt"]), chat.response(x, pair["chosen"], 999)["ids"]) for pair in pairs]
     found = common.response_logps(policy, *zip(*rows, strict=True))
     for (x, y), logp in zip(rows, found.tolist(), strict=True):
         logits = exact(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1]

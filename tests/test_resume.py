@@ -186,33 +186,11 @@ def test_a_torn_last_line_is_made_again(workdir, capsys):
     with pytest.raises(SystemExit):
         common.cached(path, items, make)
     assert "rows.jsonl: damaged" in capsys.readouterr().err
-    for odd in ("5", "[[1, 2], [3]]", '{"win_rate": 1}\n[1]', "null"):
-        (workdir / "preferences.jsonl").write_text(odd + "\n")
-        with pytest.raises(SystemExit):
-            common.cached(workdir / "preferences.jsonl", items, make)
-        assert "preferences.jsonl: its rows are not this run's" in capsys.readouterr().err
     rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
     assert common.cached(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(workdir / "more.jsonl")
 
 
-def test_rows_of_another_engine_are_used_as_they_are(workdir):
-    script, settings = JOBS["sppo"]
-    script.main(script.Args(name="x", **{**settings, "iterations": 1}))
-    rows = lines(Path("runs/x/iter_1/responses.jsonl"))
-    for row in rows:
-        row["responses"][0] = {"text": "9", "ids": [28, 1], "finished": True}
-    (workdir / "runs/y/iter_1").mkdir(parents=True)
-    shutil.copytree("runs/x/iter_0", "runs/y/iter_0")
-    for name in ("config.json", "metrics.jsonl"):
-        shutil.copy(f"runs/x/{name}", "runs/y")
-    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/x/metrics.jsonl"))[:1])
-    common.write_jsonl(Path("runs/y/iter_1/responses.jsonl"), rows)
-    cli(script, "--resume", "runs/y")
-    worst = [pair["responses"][-1]["text"] for pair in lines(Path("runs/y/iter_1/pairs.jsonl"))]
-    assert worst.count("9") > len(rows) / 2
-
-
-def test_new_samples_are_judged_anew_and_answers_to_other_prompts_are_refused(workdir, capsys):
+def test_new_samples_are_judged_anew(workdir):
     script, settings = JOBS["sppo"]
     script.main(script.Args(name="x", **settings, seed=2))
     start("sppo", "y")
@@ -225,12 +203,6 @@ def test_new_samples_are_judged_anew_and_answers_to_other_prompts_are_refused(wo
         common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
         cli(script, "--resume", "runs/y")
         assert result(Path("runs/y"))["iter_2/pairs.jsonl"] == right
-    answers = Path("runs/y/iter_0/answers.jsonl")
-    common.write_jsonl(answers, lines(answers)[::-1])
-    common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
-    with pytest.raises(SystemExit):
-        cli(script, "--resume", "runs/y")
-    assert "iter_0/answers.jsonl: damaged" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_resumed_and_stays(workdir, capsys):
@@ -240,16 +212,6 @@ def test_a_finished_run_can_be_resumed_and_stays(workdir, capsys):
     cli(sr_dpo, "--resume", str(run), "--micro_tokens", "999")
     assert result(run) == before and (run / "config.json").read_bytes() == config
     assert "Its policy: runs/x/final" in capsys.readouterr().out and said.err == ""
-
-
-@pytest.mark.parametrize("flag", [("beta", "0.3"), ("seed", "7"), ("limit", "40"), ("temperature", "0.7")], ids=str)
-def test_a_flag_of_method_sampling_or_data_that_differs_is_refused_by_name(workdir, capsys, flag):
-    begun = {**vars(sr_dpo.Args()), "script": "sr_dpo", "versions": {}}
-    common.write_json(workdir / "runs/x/config.json", begun)
-    with pytest.raises(SystemExit) as stopped:
-        cli(sr_dpo, "--resume", "runs/x", f"--{flag[0]}", flag[1])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and f"--{flag[0]} {flag[1]}: runs/x was begun with {begun[flag[0]]}" in err
 
 
 def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(workdir, tiny, capsys):
@@ -304,10 +266,8 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):
         cli(sr_dpo, "--name", "x", "--limit", "48", "--n_eval", "8")
 
     assert in_a_process(job) == 130
-    said = [line for line in Path("said").read_text().splitlines() if "interrupted" in line]
-    assert (
-        said == ["sr_dpo.py: interrupted; go on with --resume runs/x"] and "Traceback" not in Path("said").read_text()
-    )
+    said = Path("said").read_text()
+    assert said.count("\nsr_dpo.py: interrupted; go on with --resume runs/x\n") == 1 and "Traceback" not in said
 
 
 if __name__ == "__main__":

@@ -115,9 +115,8 @@ def test_nothing_preferred_or_nothing_different_makes_no_pair():
 
 def test_pairs_carry_their_targets_and_log_z():
     prefs, rows = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), [{"responses": [{"ids": [1]}, {"ids": [2]}]}]
-    half, estimate, hard = (
-        make_pairs(rows, prefs, Args(eta=4.0, **more))[0] for more in ({}, {"log_z": "estimate"}, {"targets": "hard"})
-    )
+    flags = {}, {"log_z": "estimate"}, {"targets": "hard"}
+    half, estimate, hard = (make_pairs(rows, prefs, Args(eta=4.0, **more))[0] for more in flags)
     assert half["win_rate"] == [0.75, 0.25] and half["log_z"] == [2.0, 2.0]
     assert estimate["log_z"] == pytest.approx([math.log((math.exp(3) + math.exp(1)) / 2)] * 2)
     assert hard["win_rate"] == [1.0, 0.0]  # eq. 4.12

@@ -53,10 +53,9 @@ def test_lam_0_is_dpo_and_ipo_to_the_bit():
     c, r, ref_c, ref_r = numbers()
     delta, beta = numbers(count=1, seed=1)[0], 0.3
     margin = (c - ref_c) - (r - ref_r)
-    assert torch.equal(
-        sr_dpo_loss(c, r, ref_c, ref_r, delta, beta, 0.0), -torch.nn.functional.logsigmoid(beta * margin)
-    )
-    assert torch.equal(sr_ipo_loss(c, r, ref_c, ref_r, delta, beta, 0.0), (margin - 1 / (2 * beta)) ** 2)
+    terms = c, r, ref_c, ref_r, delta, beta
+    assert torch.equal(sr_dpo_loss(*terms, 0.0), -torch.nn.functional.logsigmoid(beta * margin))
+    assert torch.equal(sr_ipo_loss(*terms, 0.0), (margin - 1 / (2 * beta)) ** 2)
 
 
 def test_gradients():
@@ -95,9 +94,8 @@ def test_the_naive_refinement_only_rescales_beta():
     beta, lam = 0.3, 0.4
     zero = torch.zeros_like(c)
     naive = refinement(c, r, ref_c, ref_r, beta)
-    torch.testing.assert_close(
-        sr_dpo_loss(c, r, ref_c, ref_r, naive, beta, lam), sr_dpo_loss(c, r, ref_c, ref_r, zero, (1 - lam) * beta, 0.0)
-    )
+    losses = [sr_dpo_loss(c, r, ref_c, ref_r, *x) for x in ((naive, beta, lam), (zero, (1 - lam) * beta, 0.0))]
+    torch.testing.assert_close(*losses)
     gradients = []
     for delta, b, weight in ((naive, beta, lam), (zero, (1 - lam) * beta, 0.0)):
         x = c.clone().requires_grad_()
@@ -214,29 +212,11 @@ def test_the_steps_are_those_of_the_equations(workdir, tiny, loss, lam):
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def correlations(x, y):
-    """Pearson's, Spearman's and Kendall's tau-b, by their definitions."""
-
-    def pearson(a, b):
-        a, b = ([v - sum(w) / len(w) for v in w] for w in (a, b))
-        return sum(map(math.prod, zip(a, b, strict=True))) / math.sqrt(sum(v * v for v in a) * sum(v * v for v in b))
-
-    def ranks(v):
-        return [sum(w < u for w in v) + (sum(w == u for w in v) + 1) / 2 for u in v]
-
-    signs = [((x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])) for i in range(len(x)) for j in range(i)]
-    tau = sum(a * b for a, b in signs) / math.sqrt(sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs))
-    return {"pearson": pearson(x, y), "spearman": pearson(ranks(x), ranks(y)), "kendall": tau}
-
-
 def test_measures_are_those_of_the_paper(workdir, tiny, monkeypatch):
     """Mean margin and accuracy on held-out pairs, in front of and behind p, and how the margin goes with the gap."""
     measured, measure = [], sr_dpo.measure
-    monkeypatch.setattr(
-        sr_dpo, "measure", lambda policy, pairs, args: measured.extend(pairs) or measure(policy, pairs, args)
-    )
-    folder, table = run(sr_dpo, **FEW)
-    pairs = measured
+    monkeypatch.setattr(sr_dpo, "measure", lambda *x: measured.extend(x[1]) or measure(*x))
+    (folder, table), pairs = run(sr_dpo, **FEW), measured
     start, policy = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (tiny, folder / "final"))
     margins = {}
     with torch.no_grad():
@@ -246,8 +226,12 @@ def test_measures_are_those_of_the_paper(workdir, tiny, monkeypatch):
     for suffix, values in zip(("", "_p"), margins.values(), strict=True):
         assert table[1]["marginal" + suffix] == pytest.approx(sum(values) / 16, abs=1e-3)
         assert table[1]["accuracy" + suffix] == sum(value > 0 for value in values) / 16
-    right = correlations(margins["prompt_ids"], [pair["gap"] for pair in pairs])
-    assert {name: table[1][name] for name in right} == pytest.approx(right, abs=1e-3)
+    x, y = torch.tensor([margins["prompt_ids"], [pair["gap"] for pair in pairs]], dtype=torch.float64)
+    ranks = torch.stack([(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)])
+    signs = torch.stack([(v[:, None] - v).sign().flatten() for v in (x, y)])  # Kendall's tau-b: their cosine
+    right = {"pearson": torch.stack([x, y]).corrcoef(), "spearman": ranks.corrcoef(), "kendall": signs.corrcoef()}
+    for name, matrix in right.items():
+        assert table[1][name] == pytest.approx(matrix[0, 1].item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"lam": 0.0}, {"loss": "sr_ipo"}, {"judge": ""}, {"refine_prompt": "Best: "}])

@@ -140,13 +140,10 @@ def logratios(results):
     """log pi / pi_t of chosen and rejected responses: digits in the first iteration; SmolLM2-135M over all steps."""
     digits = json.loads((results / "log_ratios.json").read_text())["steps"]
     figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", layout="constrained")
-    for column, (name, (file, key)) in enumerate(
-        {"SPPO": ("sppo", "sppo"), "DNO": ("dno", "dno"), "DPO": ("sr_dpo", "DPO")}.items()
-    ):
+    shown = ("SPPO", "sppo", "sppo"), ("DNO", "dno", "dno"), ("DPO", "sr_dpo", "DPO")
+    for (name, file, key), column in zip(shown, panels.T, strict=True):
         real = json.loads((results / f"real_{file}.json").read_text())["log_ratios"][key]
-        for axes, seeds, what in zip(
-            panels[:, column], (digits[name].values(), real), ("digits", "real text"), strict=True
-        ):
+        for axes, what, seeds in zip(column, ("digits", "real text"), (digits[name].values(), real), strict=True):
             steps = min(map(len, seeds))
             rows = torch.stack([tensor(*rows[:steps]) for rows in seeds])  # (seeds, steps, 2)
             width = max(1, steps // 30)
@@ -164,59 +161,35 @@ def logratios(results):
     return figure
 
 
-def bench_rows(results):
-    """[{"what", "against", "time", "memory"}]: ratios of the benches' figures, None where one of the two has none."""
-    names = "logps", "generate", "train"
-    logps, generate, train = (json.loads((results / f"bench_{name}.json").read_text()) for name in names)
-    trl = [name for name in train["time"] if name.startswith("TRL")]
-    trl = min(trl, key=lambda name: train["time"][name].get("time / ours", 1e9))
-    time = "time / three products"
-    compared = [  # what, against, tables, figure of time, mine, theirs
-        ("token_logps", "naive log_softmax", logps, time, "ours", "naive log_softmax"),
-        ("token_logps", "Liger", logps, time, "ours", "Liger, from its GRPO loss"),
-        ("token_logps", "TRL", logps, time, "ours", "TRL, fused head"),
-        ("an SPPO step", "TRL's DPOTrainer at its best", train, "time / ours", "ours", trl),
-        ("an Sr-DPO step", "a DPO step", train, "time / DPO", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py"),
-    ]
-
-    def ratio(table, figure, mine, theirs):
-        a, b = table[mine].get(figure), table[theirs].get(figure)
-        return a / b if a and b else None
-
-    rows = []
-    for what, against, tables, figure, mine, theirs in compared:
-        time, memory = ratio(tables["time"], figure, mine, theirs), ratio(tables["memory"], "MiB", mine, theirs)
-        rows.append({"what": what, "against": against, "time": time, "memory": memory})
-    time = ratio(generate["spread"], "ours / theirs", "ours", "transformers generate")  # of speeds
-    rows.insert(
-        -2, {"what": "generate, lengths spread", "against": "transformers' generate", "time": time, "memory": None}
-    )
-    return [row for row in rows if row["time"] or row.get("memory")]
-
-
 def benches(results):
     """Time and memory as ratios to something else's."""
-    rows = bench_rows(results)[::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(rows)), layout="constrained")
-    measures = (("time", 0.2, "#D55E00", ""), ("memory", -0.2, "#0072B2", "///"))
-    for measure, shift, color, hatch in measures:
-        bars = [(i + shift, row[measure]) for i, row in enumerate(rows) if row.get(measure)]
-        if not bars:
-            continue
-        y, ratios = zip(*bars, strict=True)
-        style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5, "label": measure}
-        axes.barh(y, [abs(r - 1) for r in ratios], height=0.36, left=[min(r, 1) for r in ratios], **style)
-        style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        for at, r in bars:
-            axes.annotate(f"{r:.3g} ×", (max(r, 1), at), **style)
+    logps, train = (json.loads((results / f"bench_{name}.json").read_text())["table"] for name in ("logps", "train"))
+    speed = json.loads((results / "bench_generate.json").read_text())["spread"]["transformers generate"]
+    trl = min((name for name in train if name.startswith("TRL")), key=lambda name: train[name]["time / ours"])
+    rows = {"an Sr-DPO step\nagainst a DPO step": (train, "time / DPO", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py")}
+    rows["an SPPO step\nagainst TRL's DPOTrainer at its best"] = train, "time / ours", "ours", trl
+    for theirs in ("TRL, fused head", "Liger, from its GRPO loss", "naive log_softmax"):
+        rows[f"token_logps\nagainst {theirs}"] = logps, "time / three products", "ours", theirs
+    ratios = {
+        label: [table[mine][figure] / table[theirs][figure] for figure in (time, "MiB")]
+        for label, (table, time, mine, theirs) in rows.items()
+    }
+    ratios["generate, lengths spread\nagainst transformers' generate"] = [1 / speed["ours / theirs"]]
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(ratios)), layout="constrained")
+    for n, (name, color, hatch) in enumerate((("time", "#D55E00", ""), ("memory", "#0072B2", "///"))):
+        bars = [(y + 0.2 - 0.4 * n, found[n]) for y, found in enumerate(ratios.values()) if n < len(found)]
+        y, r = zip(*bars, strict=True)
+        style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5, "label": name}
+        axes.barh(y, [abs(x - 1) for x in r], height=0.36, left=[min(x, 1) for x in r], **style)
+        for at, x in bars:
+            axes.annotate(f"{x:.3g} ×", (max(x, 1), at), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(1, color=GREY, linewidth=1.2)
-    ratios = [row[measure] for row in rows for measure, *_ in measures if row.get(measure)]
-    axes.set_xlim(min([0.8, *ratios]) / 1.15, max([1, *ratios]) * 1.3)
-    axes.set(xscale="log", xlabel="ratio to the other's (left of 1: less)")
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    low, high = (pick(x for found in ratios.values() for x in found) for pick in (min, max))
+    axes.set(xscale="log", xlim=(low / 1.15, max(1, high) * 1.3), xlabel="ratio to the other's (left of 1: less)")
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low / 1.15 <= t <= max(1, high) * 1.3]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
-    axes.set_yticks(range(len(rows)), [f"{row['what']}\nagainst {row['against']}" for row in rows], fontsize=9)
+    axes.set_yticks(range(len(ratios)), list(ratios), fontsize=9)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 

@@ -1,25 +1,15 @@
 """The papers' claims, tried on the built-in task: which of them hold for a language model of 0.46 M parameters.
 
-    OMP_NUM_THREADS=1 python tests/claims/tiny.py NAME [--seeds 3]      a claim: NAME is one of CLAIMS, below
-    OMP_NUM_THREADS=1 python tests/claims/tiny.py all                   each of them
+    OMP_NUM_THREADS=1 python tests/claims/tiny.py NAME [--seeds 3]      NAME is one of CLAIMS, below, or all
 
 trains the variants of a claim over seeds, prints their figures and a verdict, and writes results/NAME.json beside this
 file. Runs go to runs/claims-*. A finished run there is read, not repeated, so claims share runs.
 
-A claim is a list of comparisons. Each says that a difference between variants is above a number: 0, or -SLACK where it
-says "no worse". The difference is taken seed by seed: variants with the same seed have the same prompts and the same
-start. The rule is the same for all and was fixed before any comparison was made; a claim's source says what was added
-after a result. A comparison
-
-    holds                where the 95 % interval of the mean difference (Student's t over the seeds) is above it
-    does not hold        where it is below it
-    within the spread    otherwise,
-
-and a claim holds if all its comparisons do, does not hold if one of them does not, and is within the spread otherwise.
-Three seeds make wide intervals: 2.5 standard deviations of the difference to either side. A verdict is about this task,
-whose answers are right or wrong; a claim that fails here may hold where the paper made it.
-
-Figures are those of the last iterate, unless they say otherwise.
+A claim is a list of comparisons. Each says that a difference between variants, taken seed by seed, is above a number:
+0, or -SLACK where it says "no worse". It holds where the 95 % interval of the mean difference (Student's t) is above
+the number, does not where it is below, and is within the spread otherwise; a claim is as good as the worst of its
+comparisons. The rule was fixed before any comparison was made; a claim's source says what was added after a result.
+What fails on this task may hold where the paper made it. Figures are the last iterate's unless they say otherwise.
 """
 
 import argparse
@@ -241,6 +231,8 @@ CLAIMS = {
         ],
     ),
 }
+
+
 # Verdicts ------------------------------------------------------------------------------------------------------------
 
 
@@ -261,20 +253,6 @@ def compare(comparison, figures):
     return {**found, "low": low, "high": high, "verdict": verdict}
 
 
-def overall(comparisons):
-    """The worst of its comparisons' verdicts."""
-    return max((one["verdict"] for one in comparisons), key=VERDICTS.index, default="no claim")
-
-
-def show(figures, measures):
-    """A line per measure, a column per variant: mean and standard deviation over the seeds."""
-    width = max(map(len, measures)) + 2
-    print(" " * width + "".join(f"{label:>18}" for label in figures))
-    for measure in measures:
-        cells = (f"{mean(values[measure]):.3g} ± {stdev(values[measure]):.2g}" for values in figures.values())
-        print(f"{measure:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
-
-
 def try_claim(name, n_seeds):
     """Make or read the runs of a claim, print what they say, and write results/NAME.json."""
     claim, seeds = CLAIMS[name], range(1, n_seeds + 1)
@@ -287,13 +265,16 @@ def try_claim(name, n_seeds):
     drawn = {"default": ("runs", lambda run: run.rows), "log_ratios": ("steps", log_ratio_steps)}  # by pictures.py
     more = {drawn[name][0]: by_seed(drawn[name][1])} if name in drawn else {}
     comparisons = [compare(comparison, figures) for comparison in claim.comparisons]
-    verdict = overall(comparisons)
+    verdict = max((one["verdict"] for one in comparisons), key=VERDICTS.index, default="no claim")
 
     print(f"\n{name}: {claim.text}\n{claim.source}\n")
     commands = {label: command_of(*variant) for label, variant in claim.variants.items()}
     print(*(f"    {label}: {command}" for label, command in commands.items()), sep="\n")
     print(f"\nmean ± standard deviation over {n_seeds} seeds")
-    show(figures, claim.measures)
+    print(" " * 34 + "".join(f"{label:>18}" for label in figures))
+    for measure in claim.measures:
+        cells = (f"{mean(values[measure]):.3g} ± {stdev(values[measure]):.2g}" for values in figures.values())
+        print(f"{measure:<34}" + "".join(f"{cell:>18}" for cell in cells))
     for one in comparisons:
         found = f"{one['difference']:.3g} ({one['low']:.3g} to {one['high']:.3g})"
         print(f"{one['text']}: by {found}, wanted above {one['least']:g}: {one['verdict']}")
@@ -302,15 +283,9 @@ def try_claim(name, n_seeds):
     command = f"python tests/claims/tiny.py {name} --seeds {n_seeds}"
     result = {"claim": claim.text, "source": claim.source, "command": command, "variants": commands, "seeds": n_seeds}
     result |= {"verdict": verdict, "reading": claim.reading, "comparisons": comparisons, "figures": figures}
-    write(name, {**result, **more})
-
-
-def write(name, result):
-    """results/NAME.json, a line per entry."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     hardware = f"{torch.get_num_threads()} thread(s) on {os.cpu_count()} shared cores of an {cpu()}"
-    result |= {"date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": versions}
-    RESULTS.mkdir(exist_ok=True)
+    result |= {**more, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": versions}
     lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in rounded(result).items()]
     (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
