@@ -16,7 +16,6 @@ messages; a row has "prompt" and "prompt_ids"; a pair is a row with "responses",
 """
 
 import argparse
-import atexit
 import contextlib
 import difflib
 import hashlib
@@ -34,7 +33,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,8 +85,8 @@ def ranks():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
-    except BaseException as error:
-        if RANKS > 1 and not isinstance(error, SystemExit):
+    except Exception:  # before a SystemExit it was said
+        if RANKS > 1:
             time.sleep(5 * RANK + 5)
             sys.stderr = sys.__stderr__
         raise
@@ -106,9 +104,9 @@ def from_rank0(make):
 
 def gather(hand):
     """The whole list, on all ranks, of which each rank has the items [RANK::RANKS]."""
-    hands = [hand]
+    hands = [hand] * RANKS
     if RANKS > 1:
-        dist.all_gather_object(hands := [None] * RANKS, hand)
+        dist.all_gather_object(hands, hand)
     return [hands[i % RANKS][i // RANKS] for i in range(sum(map(len, hands)))]
 
 
@@ -119,10 +117,7 @@ def shared(make, rows):
 
 
 def add_up(policy, *columns):
-    """Give all ranks the sum of their gradients, in the gradients' own dtype, and the rows of all in each column.
-
-    columns: lists of tensors with a row per pair -> tensors. On one GPU they are joined, and that is all.
-    """
+    """Sum the gradients of all ranks, in their own dtype, and join each column: a list of tensors, a row per pair."""
     if RANKS == 1:
         return [torch.cat(column) for column in columns]
     for p in policy.parameters():
@@ -173,31 +168,28 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def cli(main, args_class, recipes, description, argv=None):
     """Parse and check the command line, say what the run takes, and call main(args).
 
-    Defaults are those of recipes[--model], or the flags of the run to --resume. Bad input ends with exit code 2 and one
-    line, Ctrl-C with 130.
+    Defaults are those of recipes[--model], or the flags of the run to --resume. Ctrl-C ends with exit code 130.
     """
     argv = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(AttributeError):  # so that `| tee` shows a line when it is printed
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    first = HfArgumentParser((), add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default=args_class.model)
-    first.add_argument("--resume")
-    first.error = partial(require, False)
-    known = first.parse_known_args(argv)[0]
-    names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
-    description += f"\n\nshort names for --model:{names}\n\nThe defaults below are those of --model {known.model}."
-    parser = HfArgumentParser(args_class, description=description, allow_abbrev=False, formatter_class=Help)
+    parser = HfArgumentParser(args_class, allow_abbrev=False, formatter_class=Help)
     parser.error = partial(require, False)  # argparse's own prints the whole usage first
+    words = [word for word in argv if word not in ("-h", "--help")]  # help waits for --model's defaults
+    known = parser.parse_known_args(words, argparse.Namespace(resume=None))[0]
+    names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
+    defaults = f"The defaults below are those of --model {known.model}."
+    parser.description = f"{description}\n\nshort names for --model:{names}\n\n{defaults}"
     parser.set_defaults(**recipes.get(known.model, recipes["other"]))
-    script, flags, begun = Path(main.__code__.co_filename).stem, [field.name for field in fields(args_class)], {}
+    script, begun = Path(main.__code__.co_filename).stem, {}
     if known.resume is not None:
         begun = read_config(known.resume)
         theirs = begun["script"]
         require(theirs == script, f"--resume {known.resume}: a run of {theirs}.py; resume it with python {theirs}.py")
-        argv = [f"--{name}={begun[name]}" for name in flags if name in begun] + argv
+        argv = [f"--{name}={begun[name]}" for name in vars(known) if name in begun] + argv
     given, unknown = parser.parse_known_args(argv)
     for word in unknown[:1]:
-        near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in flags], 1)
+        near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in vars(known)], 1)
         require(False, f"{word} is no flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
     try:
         args = args_class(**vars(given))
@@ -255,10 +247,7 @@ def read_config(folder):
 
 
 def start_run(args, file):
-    """Open the run's folder, runs/NAME or that of --resume: (folder, a row per finished iterate, log).
-
-    log(kind, values, samples) hands numbers and texts to --track. file: the script's __file__.
-    """
+    """Open the run's folder, runs/NAME or that of --resume: (folder, a row per finished iterate, log as by tracker)."""
     run = Path(args.resume or f"runs/{args.name}")
     if not args.resume:
         names = "torch", "transformers", "datasets"
@@ -283,7 +272,6 @@ def tracker(args, run):
     same = {"id": run.name} if args.track == "wandb" else {}  # trackio goes by the name
     settings = {"project": "general-preferences", "name": run.name, "config": vars(args), "resume": "allow", **same}
     writer = module.SummaryWriter(run / "tensorboard") if board else module.init(**settings)
-    atexit.register(writer.close if board else module.finish)
 
     def log(kind, values, samples=()):
         numbers = {f"{kind}/{name}": x for name, x in values.items() if isinstance(x, (int, float))}
@@ -324,10 +312,7 @@ WORDS = {  # how finish_iterate prints a metric; any other one by its name
 
 
 def finish_iterate(run, table, log, metrics, policy=None, tokenizer=None, steps=(), pairs=()):
-    """Write an iterate's files and print its metrics. With its row in metrics.jsonl --resume takes it as done.
-
-    metrics: any numbers by name; those that WORDS does not know are printed by their name.
-    """
+    """Write an iterate's files and print its metrics. With its row in metrics.jsonl --resume takes it as done."""
     t = len(table)
     folder = run / f"iter_{t}"
     if policy:
@@ -376,12 +361,10 @@ def write(path, text):
 
 
 def write_json(path, value):
-    """Write a value as readable JSON."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path, rows):
-    """Write one line of JSON per row."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -409,14 +392,13 @@ def cached(path, items, make, chunk=1024):
     """
     rows, chunk, samples = read_jsonl(path), chunk * RANKS, path.with_name("responses.jsonl")
     try:
-        whole = path != samples or all(answers(row, item, rows[0]) for row, item in zip(rows, items, strict=False))
+        fits = path != samples or all(answers(row, item, rows[0]) for row, item in zip(rows, items, strict=False))
     except (AttributeError, KeyError, TypeError):
-        whole = False
-    fits = whole and len(rows) <= len(items)
-    require(fits, f"{path}: its rows are not this run's; remove it, and --resume makes it anew")
+        fits = False
+    require(fits and len(rows) <= len(items), f"{path}: its rows are not this run's; remove it, then --resume")
     if from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime):
         rows = []
-    if not RANK and (not rows or not path.read_bytes().endswith(b"\n")):
+    if len(rows) < len(items):
         write_jsonl(path, rows)  # without a torn last line
     for i in tqdm(range(len(rows), len(items), chunk), desc=path.stem, leave=False, disable=None):
         new = shared(make, items[i : i + chunk])
@@ -429,8 +411,7 @@ def cached(path, items, make, chunk=1024):
 def check_fit(args):
     """Print about what the run takes. Where this machine has less, exit and name the flags that help.
 
-    The parameters are counted on a model without numbers. What backward keeps of a layer is taken for 16 D + 4 F
-    numbers a token (F: width of the MLP), which is right for Llama's family.
+    Backward is taken to keep 16 D + 4 F numbers a token of a layer (F: width of the MLP), as in Llama's family.
     """
     config, _ = load_config(args.model)
     with torch.device("meta"):
@@ -553,8 +534,7 @@ class TokenLogps(torch.autograd.Function):
     """token_logps in three matrix products, forward and backward together.
 
     d logp / d logits = onehot - softmax does not depend on the gradient g (N,) that comes back. So forward stores it,
-    in the weights' dtype, in place of the logits, and backward only multiplies. No pass over N x V is left, as g goes
-    to the small factor. micro_batches bounds N x V.
+    in the weights' dtype in place of the logits, and backward only multiplies, g into the small factor, not N x V.
     """
 
     @staticmethod
@@ -645,8 +625,7 @@ def padded_tokens(pair):
 def micro_batches(policy, pairs, max_tokens):
     """Cut pairs, the short ones first, into lists that fit into memory: of pairs, or of a single one that is larger.
 
-    Each rank gets its own. A list has, padded, at most `max_tokens` tokens, and SLOPES bytes of slopes: response tokens
-    x vocabulary.
+    Each rank gets its own. A list has, padded, at most `max_tokens` tokens, and SLOPES bytes of slopes.
     """
     weight = policy.get_output_embeddings().weight
     most = SLOPES[weight.device.type] // (weight.dtype.itemsize * len(weight))  # response tokens
