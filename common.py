@@ -374,7 +374,7 @@ def read_jsonl(path):
     try:
         return [json.loads(line) for line in text.split("\n")[:-1]]
     except ValueError as error:
-        require(False, f"{path}: damaged ({error}); remove it, and --resume makes it anew")
+        require(False, f"{path}: damaged ({error}); restore it, or begin a new run")
 
 
 def answers(row, item, first):
@@ -418,9 +418,9 @@ def check_fit(args):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
     c, cuda = config.get_text_config(), args.device == "cuda"
     width, layers, vocab, size = c.hidden_size, c.num_hidden_layers, c.vocab_size, 2 if cuda else 4
-    length, positions = args.max_prompt_tokens + args.max_new_tokens, getattr(c, "max_position_embeddings", 10**9)
-    flags = f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens {args.max_new_tokens}"
-    require(length <= positions, f"--model {args.model} has {positions} positions, too few for {flags}: lower these")
+    length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
+    positions = getattr(c, "max_position_embeddings", None) or 10**9
+    require(length <= positions, f"{flags} are {length}, --model {args.model} has {positions} positions: lower these")
     layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
     tokens = max(args.micro_tokens, 2 * length)
@@ -671,9 +671,10 @@ class SplitMaster(torch.optim.Optimizer):
 
     The spacing of bf16 at 0.02 is 1.2e-4, so an update of 5e-7 would vanish. Here each parameter p is the rounded high
     half of its master and p.master_remainder (int16) the rest. p outlives the optimiser, and so does its master. The
-    moment is bf16, rounded up or down at random so that its mean is right: to nearest, 0.999 v would be v again and
-    never fall. Eight bytes per parameter, gradient included. The remainders are in no state_dict: save and load them
-    with the weights, as save_policy and load_policy do. Raises ValueError for parameters that are not bf16.
+    moment is bf16, rounded up or down at random so that its mean is right: rounded to nearest it would stop falling
+    where 1 - alpha is below the spacing of bf16. Eight bytes per parameter, gradient included. The remainders are in no
+    state_dict: save and load them with the weights, as save_policy and load_policy do. Raises ValueError for parameters
+    that are not bf16.
     """
 
     def __init__(self, params, lr, alpha=0.99, eps=1e-8):
@@ -1199,10 +1200,7 @@ def master_remainders(policy):
 
 
 def save_policy(policy, tokenizer, folder):
-    """Write weights and tokenizer for from_pretrained, and the master's other half if the weights are bf16.
-
-    The folder is whole or not there at all.
-    """
+    """Write a whole folder or none: weights, the master's other half if they are bf16, and tokenizer."""
     if RANK:
         return
     folder = Path(folder)
@@ -1268,7 +1266,6 @@ def make_tiny(folder=CACHE / "tiny", steps=300):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)  # says now, not after training, that it cannot be written
-
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *map(chr, range(32, 127))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.decoder = tokenizers.decoders.Fuse()
@@ -1489,14 +1486,10 @@ def generate(
     def decode():
         """One token for every row; what one that is not live gets is not counted."""
         own, config._attn_implementation = config._attn_implementation, "decode"
+        inputs = {"input_ids": tokens.gather(1, count[:, None]), "position_ids": pos[:, None]}
+        inputs["attention_mask"] = pos[:, None, None, None]  # as decode_attention reads it
         try:
-            hidden = policy.base_model(
-                input_ids=tokens.gather(1, count[:, None]),
-                position_ids=pos[:, None],
-                attention_mask=pos[:, None, None, None],
-                cache=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
+            hidden = policy.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
         finally:
             config._attn_implementation = own
         uniform = noise.gather(1, count[:, None])[:, 0]

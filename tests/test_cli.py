@@ -74,7 +74,7 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--micro_tokens -5", "--micro_tokens -5"),
     (sppo, "--warmup_ratio 1", "--warmup_ratio 1.0"),
     (sppo, "--max_new_tokens 0", "--max_new_tokens 0"),
-    (sppo, "--max_new_tokens 500", "has 512 positions, too few for --max_prompt_tokens 64 and --max_new_tokens 500"),
+    (sppo, "--max_new_tokens 500", "--max_new_tokens are 564, --model tiny has 512 positions"),
     (sppo, "--device cuda", "--device cuda: no CUDA GPU here; use --device cpu"),
     (sppo, "--targets hard --pairing all", "--targets hard: give --pairing extremes"),
     (dno, "--variant spin --gold=", "--variant spin: its pairs are won by a teacher; give --gold"),
