@@ -1,4 +1,4 @@
-"""Training written out in float64, one response at a time: what the scripts' own steps are compared with."""
+"""What tests share, and training written out in float64, one response at a time: what the scripts' is compared with."""
 
 import json
 
@@ -10,6 +10,15 @@ import common
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def cli(script, *flags):
+    """The command `python SCRIPT.py FLAGS`, in this process."""
+    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, list(flags))
 
 
 def run(script, name="x", **settings):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from steps import cli, lines
 
 import common
 import dno
@@ -14,10 +15,6 @@ import sppo
 import sr_dpo
 
 SMALL = ["--limit", "40", "--n_eval", "8", "--iterations", "1", "--epochs", "1", "--k", "2"]
-
-
-def cli(script, *flags):
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, list(flags))
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
@@ -185,13 +182,13 @@ def test_what_a_run_prints(workdir, capsys, monkeypatch):
     monkeypatch.setitem(common.JUDGES, "digits", lambda args: Judge())
     cli(sppo, *SMALL, "--name", "x")
     said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert "sort the digits of the prompt" in lines[0] and said.err == ""
-    assert lines[1].startswith("455,808 parameters: ") and "prompts to train on, 8 held out" in lines[2]
-    assert lines[3].startswith("[0] ") and "right" in lines[3] and "mine 0.25" in said.out
+    printed = said.out.splitlines()
+    assert "sort the digits of the prompt" in printed[0] and said.err == ""
+    assert printed[1].startswith("455,808 parameters: ") and "prompts to train on, 8 held out" in printed[2]
+    assert printed[3].startswith("[0] ") and "right" in printed[3] and "mine 0.25" in said.out
     assert "[1] 32 prompts x 2 responses" in said.out and "beats the start" in said.out
-    assert "% right; the best iterate, [1], beats the start" in said.out and lines[-1] == "Its policy: runs/x/final"
-    assert max(map(len, lines)) <= 80
+    assert "% right; the best iterate, [1], beats the start" in said.out and printed[-1] == "Its policy: runs/x/final"
+    assert max(map(len, printed)) <= 80
 
 
 def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):
@@ -214,7 +211,7 @@ def test_tensorboard_has_the_loss_of_each_step_metrics_and_samples(workdir):
     cli(sppo, *SMALL, "--name", "x", "--track", "tensorboard")
     events = EventAccumulator(str(workdir / "runs/x/tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    steps = [json.loads(line) for line in (workdir / "runs/x/iter_1/steps.jsonl").read_text().splitlines()]
+    steps = lines(workdir / "runs/x/iter_1/steps.jsonl")
     logged = events.Scalars("train/loss")
     assert [event.step for event in logged] == [row["step"] for row in steps]
     assert [event.value for event in logged] == pytest.approx([row["loss"] for row in steps])
@@ -232,7 +229,7 @@ def test_wandb_offline(workdir, monkeypatch):
 
     summary = dict(wandb.run.summary)
     wandb.finish()
-    (row,) = [json.loads(line) for line in (workdir / "runs/x/metrics.jsonl").read_text().splitlines()][1:]
+    (row,) = lines(workdir / "runs/x/metrics.jsonl")[1:]
     assert summary["eval/exact_match"] == row["exact_match"] and "train/loss" in summary and "samples" in summary
     assert list(workdir.glob("wandb/offline-run-*/run-*.wandb"))
 

@@ -1,11 +1,11 @@
 """The suite of a GPU. test_scripts.py runs it in a process of its own, as conftest.py hides the GPU from all others."""
 
-import json
 import os
 import random
 
 import pytest
 import torch
+from steps import cli, lines
 
 import common
 import dno
@@ -81,9 +81,9 @@ def test_a_short_run_and_its_resume(script, workdir, monkeypatch):
 
     monkeypatch.setattr(script, "evaluate", once)
     with pytest.raises(SystemExit):
-        common.cli(script.main, script.Args, script.RECIPES, script.__doc__, flags)
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, ["--resume", "runs/x"])
-    table = [json.loads(line) for line in (workdir / "runs/x/metrics.jsonl").read_text().splitlines()]
+        cli(script, *flags)
+    cli(script, "--resume", "runs/x")
+    table = lines(workdir / "runs/x/metrics.jsonl")
     assert len(table) == (2 if script is sr_dpo else 3) and all(row["kl"] >= -0.5 for row in table[1:])
     policy, _ = common.load_policy(workdir / "runs/x/final", DEVICE)
     assert hasattr(next(policy.parameters()), "master_remainder") == (DEVICE == "cuda")

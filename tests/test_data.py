@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from steps import cli
 from tokenizers import normalizers
 
 import common
@@ -191,7 +192,7 @@ def test_outputs_json_has_every_evaluation_prompt_in_its_place(workdir, capsys):
     texts = ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45"]  # again, empty, control, long, over 512 positions
     path = write(workdir / "e.jsonl", *({"instruction": text} for text in texts), {"prompt": "7", "tools": [{"a": 1}]})
     flags = ["--limit", "40", "--n_eval", "8", "--iterations", "1", "--k", "2", "--eval_prompts", path, "--name", "x"]
-    common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, flags)
+    cli(sppo, *flags)
     said = capsys.readouterr().out
     for t in (0, 1):
         rows = json.loads((workdir / f"runs/x/iter_{t}/outputs.json").read_text())

@@ -5,15 +5,10 @@ import math
 import pytest
 import torch
 import transformers
-from steps import TWO, distance, lines, log_pi, run, two_steps
+from steps import TWO, distance, lines, log_pi, run, tensor, two_steps
 
 import dno
 from dno import Args, dno_exact_loss, dno_loss, make_pairs, win_rates
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
 
 # Losses --------------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from steps import cli
 
 import common
 import dno
@@ -185,6 +186,6 @@ def test_a_run_without_any_judgement_says_so(serve, workdir, capsys):
     judge = serve(lambda question: '{"id0_score": 3, "id1_score": 4}' if "Hi!" in question else "What?")
     flags = ["--judge", "llm", "--judge_url", judge.url, "--judge_model", "m", "--limit", "20", "--n_eval", "4"]
     with pytest.raises(SystemExit):
-        common.cli(dno.main, dno.Args, dno.RECIPES, dno.__doc__, [*flags, "--iterations", "1", "--k", "2"])
+        cli(dno, *flags, "--iterations", "1", "--k", "2")
     err = capsys.readouterr().err
     assert "--judge llm: no verdict on" in err and "its reply has not 0 to 6 points" in err and "margin" not in err

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from steps import lines
+from steps import cli, lines
 
 import common
 import dno
@@ -19,7 +19,7 @@ def test_the_run_folder_holds_what_the_readme_says(workdir, script):
     (workdir / "mine.jsonl").write_text(json.dumps({"prompt": "9898"}))
     flags = ["--limit", "80", "--n_eval", "16", "--epochs", "2", "--batch_size", "40", "--eval_prompts", "mine.jsonl"]
     flags += [] if script is sr_dpo else ["--iterations", "2", "--k", "3"]
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, [*flags, "--name", "x"])
+    cli(script, *flags, "--name", "x")
     folder = workdir / "runs/x"
     table, parts = lines(folder / "metrics.jsonl"), []
     config = [*(field.name for field in dataclasses.fields(script.Args)), "script", "versions", "fingerprints"]

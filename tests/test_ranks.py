@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import sample_with_vllm
 from conftest import ROOT
-from steps import lines, run
+from steps import cli, lines, run
 
 import common
 import sppo
@@ -130,10 +130,10 @@ def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
     flags = [f"--{name}={value}" for name, value in {**SELF_PLAY, "iterations": 1, "name": "x"}.items()]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(sppo, "sample", stop)
-        common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, flags)
+        cli(sppo, *flags)
     sample_with_vllm.main("runs/x", 1)
     written = (workdir / "runs/x/iter_1/responses.jsonl").read_bytes()
-    common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__, ["--resume", "runs/x"])
+    cli(sppo, "--resume", "runs/x")
     assert (workdir / "runs/x/iter_1/responses.jsonl").read_bytes() == written
     assert len(json.loads(written.splitlines()[0])["responses"]) == 3
     assert len(lines(workdir / "runs/x/metrics.jsonl")) == 2

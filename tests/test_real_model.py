@@ -4,12 +4,12 @@ Skipped where the packages are missing; the model is made once, in the folder fo
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
 import smollm2
 import torch
+from steps import cli, lines
 
 import common
 import dno
@@ -95,10 +95,8 @@ def test_a_short_run(script, folder, workdir, monkeypatch, capsys):
     flags["checkpointing"] = False  # faster
     flags |= {"pairs": FILE} if script is sr_dpo else {"prompts": FILE, "iterations": 1, "k": 2, "eta": 1.0}
     flags |= {"gold": FILE} if script is dno else {}
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, argv)
-    said = capsys.readouterr().out
-    table = [json.loads(line) for line in Path("runs/x/metrics.jsonl").read_text().splitlines()]
+    cli(script, *(f"--{name}={value}" for name, value in flags.items()))
+    said, table = capsys.readouterr().out, lines(Path("runs/x/metrics.jsonl"))
     assert len(table) == 2 and table[1]["pairs"] >= 3 and 0 <= table[1]["wins_vs_start"] <= 1 and table[1]["kl"] != 0
     assert "[0] " in said and "Its policy: runs/x/final" in said and "the chat template" not in said
     policy, _ = common.load_policy("runs/x/final")

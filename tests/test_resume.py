@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from steps import cli, lines
 from tqdm import tqdm
 
 import common
@@ -69,20 +70,12 @@ def start(job, name):
     script.main(script.Args(name=name, checkpoint_minutes=0.0, **settings))
 
 
-def cli(script, *flags):
-    common.cli(script.main, script.Args, script.RECIPES, script.__doc__, list(flags))
-
-
 def resume(job, name):
     """Through the command line, as a user would; a run that was killed before it began is begun anew."""
     if Path("runs", name, "config.json").exists():
         return cli(JOBS[job][0], "--resume", f"runs/{name}")
     shutil.rmtree(Path("runs", name), ignore_errors=True)
     return start(job, name)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def result(folder):

@@ -5,16 +5,10 @@ import math
 import pytest
 import torch
 import transformers
-from steps import TWO, distance, lines, log_pi, run, two_steps
+from steps import TWO, cli, distance, lines, log_pi, run, tensor, two_steps
 
-import common
 import sppo
 from sppo import Args, log_partition, make_pairs, official_prefs, sppo_loss, win_rates
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
 
 # The loss ------------------------------------------------------------------------------------------------------------
 
@@ -179,7 +173,7 @@ def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(workdir, monkeypa
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
     with pytest.raises(SystemExit) as stopped:
-        common.cli(sppo.main, Args, sppo.RECIPES, "", ["--limit", "40", "--n_eval", "4", "--name", "x"])
+        cli(sppo, "--limit", "40", "--n_eval", "4", "--name", "x")
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "lower --learning_rate" in said
 

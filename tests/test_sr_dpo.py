@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from steps import TWO, distance, lines, log_pi, run, two_steps
+from steps import TWO, distance, lines, log_pi, run, tensor, two_steps
 
 import common
 import sr_dpo
@@ -21,10 +21,6 @@ def numbers(n=7, count=4, seed=0):
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
