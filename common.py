@@ -150,6 +150,12 @@ def require(condition, message):
         sys.exit(2)
 
 
+def find(name):
+    """Raise FileNotFoundError unless `name` is a folder here or may be a hub id: the hub is asked only for one."""
+    if not Path(name or "?").is_dir() and "://" not in name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError("no folder and no hub id")
+
+
 SIZES = "max_prompt_tokens", "max_new_tokens", "iterations", "epochs", "batch_size", "slots", "micro_tokens"
 LIMITS = dict.fromkeys(SIZES, (1, 10**7))  # flag -> smallest and largest value; 0 to 1e9 for those not named here
 LIMITS |= dict.fromkeys(("eta", "beta", "beta_ipo", "max_grad_norm"), (1e-6, 1e6))
@@ -743,7 +749,9 @@ def load_rows(flag, source, read, limit=0, every=False):
     name, split = re.fullmatch(r"(.*?)(?::(\w+))?", source, re.DOTALL).groups()
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name.removesuffix(".gz")).suffix)
     try:
-        if any((Path(name or "?") / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        if not kind:
+            find(name)
+        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             data = datasets.load_from_disk(name)
             data = data if isinstance(data, datasets.Dataset) else data[split or "train"]
         else:
@@ -1108,7 +1116,8 @@ def load_config(name):
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
     try:
-        return AutoConfig.from_pretrained(path or "no name", trust_remote_code=False), path
+        find(str(path))
+        return AutoConfig.from_pretrained(path, trust_remote_code=False), path
     except Exception as error:
         wanted = f"give {', '.join(MODELS)}, a folder, or a hub id ORG/NAME"
         require(False, f"--model {name}: its config.json cannot be loaded ({str(error)[:300]}); {wanted}")
@@ -1630,6 +1639,7 @@ class PairRM:
     def __init__(self, name="llm-blender/PairRM-hf", device="cpu"):
         self.device = torch.device(device)
         try:
+            find(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             config = transformers.DebertaV2Config.from_pretrained(name)
             self.marks = config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id
