@@ -92,7 +92,7 @@ def test_a_short_run(script, folder, workdir, monkeypatch, capsys):
     monkeypatch.setitem(common.JUDGES, "shorter", lambda args: shorter)
     flags = {"model": folder, "judge": "shorter", "n_eval": 2, "max_prompt_tokens": 256, "max_new_tokens": 8}
     flags |= {"epochs": 1, "batch_size": 4, "learning_rate": 1e-5, "device": "cpu", "name": "x", "limit": 10}
-    flags["checkpointing"] = False  # faster
+    flags |= {"checkpointing": False, "micro_tokens": 2048}  # faster
     flags |= {"pairs": FILE} if script is sr_dpo else {"prompts": FILE, "iterations": 1, "k": 2, "eta": 1.0}
     flags |= {"gold": FILE} if script is dno else {}
     cli(script, *(f"--{name}={value}" for name, value in flags.items()))
