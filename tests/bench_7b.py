@@ -81,9 +81,10 @@ def main():
     config = DebertaV2Config(**sizes, **relative, norm_rel_ebd="layer_norm", drop_out=0.0, n_tasks=1)
     net = common.PairRMNet(config).to(args.device).eval()
     ids = torch.randint(1000, (8, 1000), device=args.device)
+    inputs = ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        net(ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
-        _, seconds, gb = spent(net, ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device))
+        net(*inputs)
+        _, seconds, gb = spent(net, *inputs)
     judging = {"pairs of 1,000 tokens/s": len(ids) / seconds, "peak GB": gb}
     print("PairRM", *(f"{figure:,.1f} {name}" for name, figure in judging.items()), sep="   ")
     record(args, where, sampling=sampling, training=training, judging=judging)

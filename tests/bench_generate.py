@@ -18,9 +18,9 @@ import time
 from statistics import median
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
-from measure import common, header, limits, make_parser, record, show, take_turns
+from measure import common, header, limits, make_parser, random_llama, record, show, take_turns
 
 K, GROUP = 5, 8  # responses per prompt; prompts in a batch of generate
 
@@ -84,16 +84,11 @@ def main():
     args = parser.parse_args()
     cuda = args.device == "cuda"
     args.dtype = "bfloat16" if cuda else "float32"
-    hidden, layers, vocab = args.size or ((2048, 16, 32768) if cuda else (256, 4, 4096))
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
-    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)
-    policy = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
+    hidden, layers, vocab = args.size = args.size or ((2048, 16, 32768) if cuda else (256, 4, 4096))
+    policy = random_llama(args, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)
     rng = random.Random(0)
     prompts = [[rng.randrange(vocab) for _ in range(rng.randint(16, 64))] for _ in range(args.prompts)]
-    where = header(args, "torch", "transformers")
-    print(where)
+    print(where := header(args, "torch", "transformers"))
     print(f"Llama of {policy.num_parameters() / 1e6:.1f} M: hidden {hidden}, {layers} layers, vocabulary {vocab}")
     print(f"{args.prompts} prompts x {K} responses, {GROUP * K} rows at a time")
     _, bandwidth = limits(args)

@@ -105,13 +105,8 @@ def letters():
     return transformers.AutoTokenizer.from_pretrained(common.make_tiny(Path(tempfile.mkdtemp()) / "tiny", steps=1))
 
 
-def inputs(args):
-    """The policy and 16 pairs, as rows of sppo.make_pairs; TRL reads their text."""
-    torch.manual_seed(0)
-    hidden, layers, vocab = args.size
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
-    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
-    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+def inputs():
+    """16 pairs, as rows of sppo.make_pairs; TRL reads their text."""
     rng, pairs = random.Random(0), []
 
     def text(middle, longest):
@@ -122,7 +117,7 @@ def inputs(args):
         strings = {"prompt": text(82, 200), "chosen": text(130, 310), "rejected": text(130, 310)}  # and EOS: to 511
         x, *ys = (letters()(y + "</s>" * (name != "prompt")).input_ids for name, y in strings.items())
         pairs += [{"prompt_ids": x, "responses": [{"ids": y} for y in ys], "win_rate": [1.0, 0.0], "text": strings}]
-    return policy.to(args.device, getattr(torch, args.dtype)).eval(), pairs
+    return pairs
 
 
 def main():
@@ -133,8 +128,7 @@ def main():
     args.dtype, args.micro_tokens, args.trl_pairs = ("bfloat16", 8192, 8) if cuda else ("float32", 2048, 4)
     args.size = args.size or ([2048, 16, 32768] if cuda else [256, 4, 8192])
     print(where := measure.header(args, "torch", "transformers", "trl"))
-    policy, pairs = inputs(args)
-    steps, norms = {}, {}
+    policy, pairs, steps, norms = measure.random_llama(args), inputs(), {}, {}
 
     def run(name, turn):
         if not turn:

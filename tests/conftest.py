@@ -7,7 +7,7 @@ if "ON_CUDA" not in os.environ:  # set by test_cuda.py for itself; all other tes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "claims")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -40,13 +41,6 @@ def header(args, *packages):
     return f"{where}; {args.dtype}; {versions}; {time.strftime('%Y-%m-%d')}; {args.repeats} rounds"
 
 
-def reason(error):
-    """Why a row has no figures, in one line."""
-    if isinstance(error, ModuleNotFoundError):
-        return "not installed"
-    return f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
-
-
 def take_turns(contestants, run, repeats):
     """{name: [run(name, round), ...]}, or why it failed; round 0 warms up and is left out."""
     results = {name: [] for name in contestants}
@@ -54,8 +48,10 @@ def take_turns(contestants, run, repeats):
         for name in [name for name, found in results.items() if isinstance(found, list)]:
             try:
                 results[name] += [run(name, turn)][not turn :]
+            except ModuleNotFoundError:
+                results[name] = "not installed"
             except Exception as error:  # whatever other people's code raises here
-                results[name] = reason(error)
+                results[name] = f"failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
     return results
 
 
@@ -135,6 +131,16 @@ def record(args, where, **tables):
         command = shlex.join(["python", f"tests/{script.name}", *sys.argv[1:]])
         name = script.stem + ("_cuda" if args.device == "cuda" else "")
         write(name, {"command": command, "where": where, "cpu": cpu(), **tables}, args.record)
+
+
+def random_llama(args, **more):
+    """A Llama of args.size with random weights."""
+    torch.manual_seed(0)
+    hidden, layers, vocab = args.size
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
+    config = LlamaConfig(**sizes, **heads, **more)
+    return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
 
 
 def one_step(policy, optimizer, scheduler, pairs, micro_tokens, loss_of):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 import transformers
 
@@ -21,6 +22,21 @@ def cli(script, *flags):
     common.cli(script.main, script.Args, script.RECIPES, script.__doc__, list(flags))
 
 
+def stopped(capsys, call, *args, **more):
+    """What call(...) says, where it ends with exit code 2 and one line."""
+    with pytest.raises(SystemExit) as end:
+        call(*args, **more)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def turns(*texts, system=None):
+    """Messages of user and assistant in turn, behind a system turn."""
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
 def run(script, name="x", **settings):
     """script.main with these flags: (folder, its metrics)."""
     table = script.main(script.Args(name=name, **settings))
@@ -37,32 +53,31 @@ def log_pi(policy, pair, name="prompt_ids"):
     return torch.stack([logp(policy, pair[name], y["ids"]) for y in pair["responses"]])
 
 
-def two_steps(folder, pairs, value, lr):
-    """Two steps of RMSprop over all pairs, the rate falling from lr to lr / 2: [(loss, gradient norm)], policy.
+# All pairs in one batch, two epochs: two steps, whose second sees log-ratios that are not 0.
+TWO = {"limit": 24, "n_eval": 4, "iterations": 1, "epochs": 2, "batch_size": 1000}
+TWO |= {"warmup_ratio": 0.0, "max_grad_norm": 1e5, "learning_rate": 1e-4}
+
+
+def check_two_steps(folder, start, value):
+    """The losses, gradients and policy of a run with TWO are those of RMSprop over all its pairs: its pairs, its steps.
 
     value(policy, pair) -> the loss of a pair. RMSprop as in its definition: v = 0.99 v + 0.01 g^2, p -= lr g / sqrt(v).
     """
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
-    params = list(policy.parameters())
-    moments, found = [torch.zeros_like(p) for p in params], []
-    for rate in (lr, lr / 2):
+    pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
+    policy = transformers.AutoModelForCausalLM.from_pretrained(start).double().eval()
+    params, lr = list(policy.parameters()), TWO["learning_rate"]
+    moments = [torch.zeros_like(p) for p in params]
+    for step, rate in zip(steps, (lr, lr / 2), strict=True):
         loss = sum(value(policy, pair) for pair in pairs) / len(pairs)
         grads = torch.autograd.grad(loss, params)
-        found.append((loss.item(), torch.sqrt(sum((g**2).sum() for g in grads)).item()))
+        norm = torch.sqrt(sum((g**2).sum() for g in grads))
+        assert (step["loss"], step["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=2e-3)
+        assert step["learning_rate"] == pytest.approx(rate)
         with torch.no_grad():
             for p, g, v in zip(params, grads, moments, strict=True):
                 v.mul_(0.99).add_(0.01 * g**2)
                 p -= rate * g / (v.sqrt() + 1e-8)
-    return found, policy
-
-
-def distance(folder, policy):
-    """How far a saved policy is from `policy`, relative to how far that is from 0: the largest over the parameters."""
-    saved = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    pairs = zip(saved.parameters(), policy.parameters(), strict=True)
-    return max(((p.double() - q).norm() / q.norm()).item() for p, q in pairs)
-
-
-# All pairs in one batch, two epochs: two steps, whose second sees log-ratios that are not 0.
-TWO = {"limit": 24, "n_eval": 4, "iterations": 1, "epochs": 2, "batch_size": 1000}
-TWO |= {"warmup_ratio": 0.0, "max_grad_norm": 1e5, "learning_rate": 1e-4}
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "iter_1/policy")
+    for p, q in zip(saved.parameters(), params, strict=True):
+        assert (p.double() - q).norm() < 1e-3 * q.norm()
+    return pairs, steps

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from steps import stopped
 
 import common
 import test_generate
@@ -14,6 +15,9 @@ PLAIN += ["Qwen2", "Qwen3Moe", "SeedOss", "SmolLM3", "StableLm", "Starcoder2"]
 RIGHT = {name: {} for name in PLAIN}  # the class of a configuration, but for "Config"; what it takes beside SIZES
 RIGHT["Qwen2Moe"] = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 0}
 RIGHT |= {name: {"head_dim": 8} for name in ("Exaone4", "Gemma", "Glm4", "Helium")}
+WINDOW = {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
+HEADS = {"Gemma2": WINDOW | CAPS, "Cohere": {"logit_scale": 0.25}, "Granite": {"logits_scaling": 4.0}}
 REFUSED = {  # and a word of the reason
     "Mpt": "AttentionInterface",  # ALiBi
     "GptOss": "sinks",
@@ -43,12 +47,12 @@ def build(name, dtype, **more):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", RIGHT | HEADS)
 @torch.no_grad()
 def test_log_probs_and_greedy_samples_are_those_of_the_models_own_forward(name, dtype):
     if name in ("Mixtral", "Qwen2Moe", "Qwen3Moe") and dtype == torch.bfloat16:
         pytest.skip("where two experts are nearly as good, rounding decides which one is asked")
-    policy = build(name, dtype, **RIGHT[name])
+    policy = build(name, dtype, **(RIGHT | HEADS)[name])
     common.check_architecture(policy, name)  # does not exit
     prompts = [torch.randint(2, 101, (n,)).tolist() for n in (60, 3, 17)]
     samples = common.generate(policy, prompts, k=2, max_new_tokens=20, temperature=0, eos_ids=[], slots=2)
@@ -64,9 +68,15 @@ def test_log_probs_and_greedy_samples_are_those_of_the_models_own_forward(name, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_computed_wrongly_is_refused_in_either_dtype(name, dtype, capsys):
-    with pytest.raises(SystemExit):
-        common.check_architecture(build(name, dtype, **MORE.get(name, {})), name)
-    assert f"--model {name}: " in (said := capsys.readouterr().err) and REFUSED[name] in said
+    said = stopped(capsys, common.check_architecture, build(name, dtype, **MORE.get(name, {})), name)
+    assert f"--model {name}: " in said and REFUSED[name] in said
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_an_unknown_kind_is_found_by_its_numbers(name, monkeypatch, capsys):
+    monkeypatch.setattr(common, "head", lambda policy: {"weight": policy.get_output_embeddings().weight})
+    policy = build(name, torch.float32, **HEADS[name])
+    assert "head are not those of a plain" in stopped(capsys, common.check_architecture, policy, name)
 
 
 def test_a_bias_that_depends_on_the_distance_does_not_pass_by_chance(monkeypatch, capsys):
@@ -78,6 +88,4 @@ def test_a_bias_that_depends_on_the_distance_does_not_pass_by_chance(monkeypatch
         return forward(self, *args, position_ids=None if position_ids is None else position_ids // 2, **kwargs)
 
     monkeypatch.setattr(type(policy.base_model), "forward", shifted)
-    with pytest.raises(SystemExit):
-        common.check_architecture(policy, "shifted")
-    assert "its cache, masks or head" in capsys.readouterr().err
+    assert "its cache, masks or head" in stopped(capsys, common.check_architecture, policy, "shifted")

@@ -1,9 +1,11 @@
 """From conversations to token ids and back: what each chat template writes, what it lacks, what is refused."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
+from steps import stopped, turns
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,9 +39,9 @@ def tokenizer(template, special=(), plain=(), eos="<eos>", bos=None, sentencepie
 
 
 def chat(name, stops=()):
-    """Chat of a copy of CASES[name], whose policy stops at the token ids `stops` as well."""
+    """Chat of a copy of TOKENIZERS[name], whose policy stops at the token ids `stops` as well."""
     policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=list(stops)))
-    return Chat(policy, copy.deepcopy(CASES[name][0] if isinstance(name, str) else name))
+    return Chat(policy, copy.deepcopy(TOKENIZERS[name] if isinstance(name, str) else name))
 
 
 EACH, END, ASK = "{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}"
@@ -64,72 +66,51 @@ PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.te
 SILENT = EACH + "{% if m.role in ['user', 'assistant'] %}" + TURN + "{% endif %}" + END + HEADER
 SHORT = "{% if messages | length > 2 %}{{ raise_exception('short') }}{% endif %}" + CHATML
 LINES = EACH + "{{ m.role }}: {{ m.content }}\n" + END + ASK + "assistant:{% endif %}"
-HI, BRIEF = "<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>system\nBe brief<|im_end|>\n"
-ASKS, YES = HI + "<|im_start|>assistant\n", "Yes, Paris.<|im_end|>"
-CASES = {  # tokenizer; what "Hi" becomes, what "Yes, Paris." behind it, what "Be brief" and "Hi"; what is said
-    "chatml": (tokenizer(CHATML, IM, eos="<|im_end|>"), ASKS, YES, BRIEF + ASKS, ""),
-    "llama-3": (
-        tokenizer(HEADS, ["<h>", "</h>"], bos="<bos>"),
-        *("<bos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n", "Yes, Paris.<eos>"),
-        *("<bos><h>system</h>\n\nBe brief<eos><h>user</h>\n\nHi<eos><h>assistant</h>\n\n", ""),
-    ),
-    "mistral": (
-        tokenizer(INST.replace("BLANK", ""), eos="</s>", bos="<s>", sentencepiece=True),
-        *("<s>[INST] Hi [/INST]", "Yes, Paris.</s>", "<s>[INST] Be brief\n\nHi [/INST]", "writes no system turn"),
-    ),
-    "mistral, blank, bytes": (
-        tokenizer(INST.replace("BLANK", " "), eos="</s>", bos="<s>"),
-        *("<s>[INST] Hi [/INST]", " Yes, Paris.</s>", "<s>[INST] Be brief\n\nHi [/INST]", "writes no system turn"),
-    ),
-    "zephyr": (
-        tokenizer(ZEPHYR, sentencepiece=True),
-        *("<|user|>\nHi<eos>\n<|assistant|>\n", "Yes, Paris.<eos>"),
-        *("<|system|>\nBe brief<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n", ""),
-    ),
-    "gemma": (
-        tokenizer(GEMMA, ["<turn>", "<end>"], bos="<bos>"),
-        *("<bos><turn>user\nHi<end>\n<turn>model\n", "Yes, Paris.<end>"),
-        *("<bos><turn>user\nBe brief\n\nHi<end>\n<turn>model\n", "ends a turn with <end>, which is not EOS"),
-    ),
-    "phi-3": (
-        tokenizer(PHI, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], sentencepiece=True),
-        *("<|user|>\nHi<|end|>\n<|assistant|>\n", "Yes, Paris.<|end|>"),
-        *("<|system|>\nBe brief<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n", "ends a turn with <|end|>"),
-    ),
-    "qwen3": (
-        tokenizer(THINK, IM, ["<think>", "</think>"], eos="<|im_end|>"),
-        *(ASKS, "<think>\n\n</think>\n\n" + YES, BRIEF + ASKS, ""),
-    ),
-    "deepseek": (
-        tokenizer(SEEK, bos="<bos>"),
-        *("<bos>User: Hi\n\nAssistant:", " Yes, Paris.<eos>", "<bos>Be brief\n\nUser: Hi\n\nAssistant:", ""),
-    ),
-    "parts": (tokenizer(PARTS, IM, eos="<|im_end|>"), ASKS, YES, BRIEF + ASKS, "content goes in as parts"),
-    "system dropped": (
-        tokenizer(SILENT, IM, eos="<|im_end|>"),
-        *(ASKS, YES, ASKS.replace("Hi", "Be brief\n\nHi"), "writes no system turn"),
-    ),
-    "another eos": (tokenizer(CHATML, [*IM, "<|im_end|>"]), ASKS, YES, BRIEF + ASKS, "ends a turn with <|im_end|>"),
-    "no end": (
-        tokenizer(LINES),
-        *("user: Hi\nassistant:", " Yes, Paris.<eos>", "system: Be brief\nuser: Hi\nassistant:", "ends no turn"),
-    ),
-    "none": (tokenizer(None), "Hi", "Yes, Paris.<eos>", "Be brief\n\nHi", "is missing: prompts are plain text"),
+ASKS, YES = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Yes, Paris.<|im_end|>"
+BOTH = "«<|im_start|>system\nBe brief<|im_end|>\n»" + ASKS
+LLAMA = "<bos>«<h>system</h>\n\nBe brief<eos>»<h>user</h>\n\nHi<eos><h>assistant</h>\n\n"
+TOKENIZERS = {
+    "chatml": tokenizer(CHATML, IM, eos="<|im_end|>"),
+    "chatml, bos": tokenizer(CHATML, IM, eos="<|im_end|>", bos="<s>"),  # which the template does not write
+    "llama-3": tokenizer(HEADS, ["<h>", "</h>"], bos="<bos>"),
+    "mistral": tokenizer(INST.replace("BLANK", ""), eos="</s>", bos="<s>", sentencepiece=True),
+    "mistral, blank, bytes": tokenizer(INST.replace("BLANK", " "), eos="</s>", bos="<s>"),
+    "zephyr": tokenizer(ZEPHYR, sentencepiece=True),
+    "gemma": tokenizer(GEMMA, ["<turn>", "<end>"], bos="<bos>"),
+    "phi-3": tokenizer(PHI, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], sentencepiece=True),
+    "qwen3": tokenizer(THINK, IM, ["<think>", "</think>"], eos="<|im_end|>"),
+    "deepseek": tokenizer(SEEK, bos="<bos>"),
+    "parts": tokenizer(PARTS, IM, eos="<|im_end|>"),
+    "system dropped": tokenizer(SILENT, IM, eos="<|im_end|>"),
+    "another eos": tokenizer(CHATML, [*IM, "<|im_end|>"]),
+    "no end": tokenizer(LINES),
+    "none": tokenizer(None),
 }
-
-
-def turns(*texts, system=None):
-    """Messages of user and assistant in turn, behind a system turn."""
-    first = [{"role": "system", "content": system}] if system else []
-    return first + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+CASES = {  # what "Hi" becomes, and between « and » what "Be brief" adds; what "Yes, Paris." becomes; what is said
+    "chatml": (BOTH, YES, ""),
+    "chatml, bos": ("<s>" + BOTH, YES, ""),
+    "llama-3": (LLAMA, "Yes, Paris.<eos>", ""),
+    "mistral": ("<s>[INST] «Be brief\n\n»Hi [/INST]", "Yes, Paris.</s>", "writes no system turn"),
+    "mistral, blank, bytes": ("<s>[INST] «Be brief\n\n»Hi [/INST]", " Yes, Paris.</s>", "writes no system turn"),
+    "zephyr": ("«<|system|>\nBe brief<eos>\n»<|user|>\nHi<eos>\n<|assistant|>\n", "Yes, Paris.<eos>", ""),
+    "gemma": ("<bos><turn>user\n«Be brief\n\n»Hi<end>\n<turn>model\n", "Yes, Paris.<end>", "ends a turn with <end>"),
+    "phi-3": ("«<|system|>\nBe brief<|end|>\n»<|user|>\nHi<|end|>\n<|assistant|>\n", "Yes, Paris.<|end|>", "<|end|>"),
+    "qwen3": (BOTH, "<think>\n\n</think>\n\n" + YES, ""),
+    "deepseek": ("<bos>«Be brief\n\n»User: Hi\n\nAssistant:", " Yes, Paris.<eos>", ""),
+    "parts": (BOTH, YES, "content goes in as parts"),
+    "system dropped": (ASKS.replace("Hi", "«Be brief\n\n»Hi"), YES, "writes no system turn"),
+    "another eos": (BOTH, YES, "ends a turn with <|im_end|>, which is not EOS"),
+    "no end": ("«system: Be brief\n»user: Hi\nassistant:", " Yes, Paris.<eos>", "ends no turn"),
+    "none": ("«Be brief\n\n»Hi", "Yes, Paris.<eos>", "is missing: prompts are plain text"),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ids_are_those_of_what_the_template_writes(name, capsys):
-    t, prompt, answer, with_system, said = CASES[name]
-    one = chat(name)
+    (both, answer, said), t, one = CASES[name], TOKENIZERS[name], chat(name)
     lines = capsys.readouterr().out.replace("the chat template writes no developer turn", "")
     assert said in lines if said else "the chat template" not in lines
+    prompt, with_system = re.sub("«.*»", "", both, flags=re.DOTALL), re.sub("[«»]", "", both)
     for messages, text in ((turns("Hi"), prompt), (turns("Hi", system="Be brief"), with_system)):
         head, y = one.prompt_ids(messages), one.response(messages, "Yes, Paris.", 99)
         assert head + y["ids"] == t(text + answer, add_special_tokens=False).input_ids
@@ -160,11 +141,6 @@ def test_nothing_of_an_answer_is_lost(name, answer):
     assert one.sampled(y["ids"])["text"].strip() == answer.strip() and sum(i in one.stops for i in y["ids"]) == 1
 
 
-def test_bos_is_there_once_where_the_tokenizer_puts_one_and_the_template_none():
-    t = tokenizer(CHATML, IM, eos="<|im_end|>", bos="<s>")
-    assert t.decode(chat(t).prompt_ids(turns("Hi"))) == "<s>" + ASKS
-
-
 @pytest.mark.parametrize(
     ("name", "prompt", "answer", "reason"),
     [
@@ -191,18 +167,15 @@ def test_a_template_that_writes_letters_behind_or_in_front_is_read_rightly(capsy
     assert one.tokenizer.decode(one.prompt_ids(turns("Hi"))) == "uHia" and "parts" not in capsys.readouterr().out
     one = chat(tokenizer("Use Markdown. Mark well. " + CHATML, IM, eos="<|im_end|>"))
     assert one.tokenizer.decode(one.prompt_ids(turns("Hi"))) == "Use Markdown. Mark well. " + ASKS
-    named = tokenizer(CHATML, IM, eos="<|im_end|>")
+    named = copy.deepcopy(TOKENIZERS["chatml"])
     named.chat_template = {"rag": "no", "default": CHATML}
     assert chat(named).prompt_ids(turns("Hi")) == chat("chatml").prompt_ids(turns("Hi"))
 
 
-def test_a_turn_that_only_seems_to_be_written_is_refused():
+def test_a_turn_that_is_not_written_or_only_seems_to_be_is_refused():
     last = "{% set messages = messages[-1:] if add_generation_prompt else messages[-2:] %}" + CHATML
     with pytest.raises(Refused, match="with a turn that the chat template does not write"):
         chat(tokenizer(last, IM, eos="<|im_end|>")).prompt_ids(turns("3", "5", "357054"))
-
-
-def test_a_turn_that_is_not_written_is_refused():
     talk = [*turns("Hi", "a"), {"role": "tool", "content": "22"}, *turns("so")]
     with pytest.raises(Refused, match="with a turn that the chat template does not write"):
         chat("system dropped").prompt_ids(talk)
@@ -220,16 +193,14 @@ def test_a_turn_that_is_not_written_is_refused():
     ],
 )
 def test_templates_of_no_use_are_refused(template, words, capsys):
-    with pytest.raises(SystemExit):
-        chat(tokenizer(template, IM, eos="<|im_end|>"))
-    assert words in capsys.readouterr().err
+    assert words in stopped(capsys, chat, tokenizer(template, IM, eos="<|im_end|>"))
 
 
 THOUGHT = "<think>\nwell\n</think>\n\n4"
 
 
 def test_thoughts_are_one_token_each_and_not_for_judges():
-    one, think = chat("qwen3"), CASES["qwen3"][0].convert_tokens_to_ids(["<think>", "</think>"])
+    one, think = chat("qwen3"), TOKENIZERS["qwen3"].convert_tokens_to_ids(["<think>", "</think>"])
     y = one.response(turns("Hi"), THOUGHT, 99)
     assert [i for i in y["ids"] if i in think] == think and y["text"] == "4"
     assert one.tokenizer.decode(y["ids"]) == THOUGHT + "<|im_end|>"
@@ -240,7 +211,7 @@ def test_thoughts_are_one_token_each_and_not_for_judges():
 
 
 def test_rows_are_left_out_and_counted_by_reason(capsys):
-    t = copy.deepcopy(CASES["mistral"][0])
+    t = copy.deepcopy(TOKENIZERS["mistral"])
     policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     texts = ["Hi", "a </s>", "b </s>", "[INST] [/INST]", "x" * 99, "Hello"]
     golds = ["</s>" if text == "Hello" else "yes" for text in texts]
@@ -251,6 +222,5 @@ def test_rows_are_left_out_and_counted_by_reason(capsys):
     said = capsys.readouterr().out
     for n, why in ((3, "with </s> in"), (1, "rendered already"), (1, "over --max_prompt")):
         assert f"--gold: {n} of 6 left out: {why}" in said
-    with pytest.raises(SystemExit):
-        common.encode_rows(policy, t, rows[1:4], args)
-    assert "none is left: all are with </s> in the text or rendered already" in capsys.readouterr().err
+    said = stopped(capsys, common.encode_rows, policy, t, rows[1:4], args)
+    assert "none is left: all are with </s> in the text or rendered already" in said

@@ -2,19 +2,16 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
+import games
 import pytest
+import tiny
 import torch
+from conftest import ROOT
+from games import BIASED, NASH, gap
+from steps import tensor
 
-CLAIMS = Path(__file__).resolve().parent / "claims"
-sys.path.insert(0, str(CLAIMS))
-
-import games  # noqa: E402
-import tiny  # noqa: E402
-from games import BIASED, NASH, gap, tensor  # noqa: E402
-
+CLAIMS = ROOT / "tests" / "claims"
 START = games.random_policies(3, range(1, 5))
 
 
@@ -86,9 +83,6 @@ def test_every_comparison_is_of_figures_that_there_are():
             assert all(label in claim.variants or isinstance(label, float) for label in labels), (name, one)
         for script, settings in claim.variants.values():
             tiny.SCRIPTS[script].Args(**settings)  # raises at a flag that is none
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_are_drawn_from_the_records(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from steps import cli, lines
+from steps import cli, lines, stopped
 
 import common
 import dno
@@ -57,7 +57,6 @@ BAD = [  # script, flags, words of the one line
     (sppo, "word", "word is no flag"),
     (sppo, "--k two", "--k: invalid int value: 'two'"),
     (sppo, "--pairing some", "--pairing: invalid choice: 'some'"),
-    (sppo, "--device gpu", "--device: invalid choice"),
     (sppo, "--k", "--k: expected one argument"),
     (sppo, "--k 1", "--k 1: must be from 2 to 128"),
     (sppo, "--top_p 0", "--top_p 0.0: must be from"),
@@ -77,23 +76,17 @@ BAD = [  # script, flags, words of the one line
     (dno, "--variant spin --gold=", "--variant spin: its pairs are won by a teacher; give --gold"),
     (sr_dpo, "--refine_prompt=", "--refine_prompt: give one of usefulness"),
     (sppo, "--name a/b", "--name 'a/b': use at most 100 letters"),
-    (sppo, "--name ../x", "--name '../x'"),
     (sppo, "--name taken", "--name taken: runs/taken is there; take another"),
     (sppo, "--resume=", "--resume ''"),
     (sppo, "--resume runs/nothing", "--resume 'runs/nothing': not the folder of a run"),
     (sppo, "--resume runs/taken", "--resume runs/taken: its config.json is not of a run"),
     (sppo, "--resume runs/other", "resume it with python dno.py"),
     (sppo, "--resume runs/odd", "invalid int value: '[1]'"),
-    (
-        sppo,
-        "--resume runs/gone",
-        "--model runs/gone/iter_1/policy: its config.json cannot be loaded",
-    ),
+    (sppo, "--resume runs/gone", "--model runs/gone/iter_1/policy: its config.json"),
     *((sppo, f"--resume runs/engine_{n}", "responses.jsonl: its rows are not this run's") for n in range(5)),
     (sppo, "--name file", "File exists: 'runs/file'"),
     (sppo, "--resume runs/mine --k 3", "--k 3: runs/mine was begun with 5; leave the flag out"),
     (sppo, "--resume runs/mine --k 5 --eta 9", "--eta 9.0: runs/mine was begun with 10.0"),
-    (sppo, "--resume runs/mine --k 5 --limit 50", "--limit 50: runs/mine was begun with 40"),
     (sppo, "--resume runs/mine --k 5 --seed 2", "--seed 2: runs/mine was begun with 1"),
     (sppo, "--prompts=", "--prompts : cannot be loaded (no folder and no hub id)"),
     (sppo, "--prompts none.jsonl", "give a .jsonl, .json or .parquet file, a folder"),
@@ -103,7 +96,6 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--prompts latin.jsonl", "--prompts latin.jsonl"),
     (sppo, "--prompts keys.jsonl", "--prompts keys.jsonl, row 1 has text; wanted prompt"),
     (sppo, "--prompts one.jsonl", "1 prompts are too few for 3 iterations and evaluation; raise --limit"),
-    (sppo, "--prompts few.jsonl", "prompts are too few"),
     (sppo, "--prompts long.jsonl", "none is left: all are over --max_prompt_tokens 64"),
     (sppo, "--prompts control.jsonl", "none is left: all are with </s> in the text"),
     (sppo, "--prompts no_split", "--prompts no_split"),
@@ -127,12 +119,7 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--judge pairrm", "--judge llm-blender/PairRM-hf"),
     (sppo, "--judge llm", "--judge llm: give --judge_url"),
     (sppo, "--judge llm --judge_url localhost --judge_model m", "--judge llm: give --judge_url, like http"),
-    (
-        sppo,
-        "--judge llm --judge_url http://127.0.0.1:9 --judge_model m",
-        "http://127.0.0.1:9/chat/completions: URLError",
-    ),
-    (sppo, "--track nothing", "--track: invalid choice"),
+    (sppo, "--judge llm --judge_url http://127.0.0.1:9 --judge_model m", "127.0.0.1:9/chat/completions: URLError"),
     (sppo, "--track trackio", "--track trackio: it is not installed; pip install trackio"),
 ]
 
@@ -146,10 +133,7 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, monkeypatch, capsys, scr
     monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/[!.]*")}
-    with pytest.raises(SystemExit) as stopped:
-        cli(script, *flags.split())
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    err = stopped(capsys, cli, script, *flags.split())
     assert words in err, err
     after = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/[!.]*")}
     assert after == before or flags.startswith("--resume"), "nothing is half written"
@@ -163,10 +147,10 @@ def test_there_are_enough_cases():
 
 
 def test_help_has_every_flag_and_the_recipes_values(capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as end:
         cli(sppo, "--model", "mistral-7b", "--help")
     said = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name} " in said for name in vars(sppo.Args()))
+    assert end.value.code == 0 and all(f"--{name} " in said for name in vars(sppo.Args()))
     assert "(default: 1000.0)" in said and "mistralai/Mistral-7B-Instruct-v0.2" in said
 
 
@@ -236,9 +220,6 @@ def test_wandb_offline(workdir, monkeypatch):
     (row,) = lines(workdir / "runs/x/metrics.jsonl")[1:]
     assert summary["eval/exact_match"] == row["exact_match"] and "train/loss" in summary and "samples" in summary
     assert list(workdir.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-# A process of its own ------------------------------------------------------------------------------------------------
 
 
 def test_a_script_runs_without_any_warning(workdir):

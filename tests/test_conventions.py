@@ -37,30 +37,14 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-def test_eta_of_sppo_is_one_over_eta_of_dno():
-    # the update pi_{t+1} ~ pi_t exp(eta P) of one is pi_t exp(r / eta) of the other: SPPO's target in DNO's units
-    eta_dno = 0.25
-    chosen, rejected = sppo_rows([0.9, 0.3], eta=1 / eta_dno)
-    assert chosen == pytest.approx((A - (0.9 - 0.5) / eta_dno) ** 2)
-    assert rejected == pytest.approx((B - (0.3 - 0.5) / eta_dno) ** 2)
-
-
-def test_the_official_sppo_loss_is_the_mean_of_both_at_eta_one_over_beta():
-    beta, win, lose = 1e-3, 0.8, 0.1
+def test_the_official_sppo_loss_is_the_mean_of_both_and_trls_sppo_hard_is_their_sum():
+    beta, win, lose = 1e-2, 0.8, 0.1
     theirs = ((A - (win - 0.5) / beta) ** 2 + (B - (lose - 0.5) / beta) ** 2) / 2
     assert sum(sppo_rows([win, lose], eta=1 / beta)) / 2 == pytest.approx(theirs)
-
-
-def test_the_official_single_loss_takes_the_preference_of_the_pair_alone():
-    beta, p = 1e-2, 0.8  # P(chosen > rejected)
-    theirs = ((A - (p - 0.5) / beta) ** 2 + (B + (p - 0.5) / beta) ** 2) / 2
-    assert sum(sppo_rows([p, 1 - p], eta=1 / beta)) / 2 == pytest.approx(theirs)
-
-
-def test_trls_sppo_hard_is_twice_the_mean_with_hard_targets():
-    beta = 0.1
-    theirs = (A - 0.5 / beta) ** 2 + (B + 0.5 / beta) ** 2
-    assert 2 * sum(sppo_rows([1.0, 0.0], eta=1 / beta)) / 2 == pytest.approx(theirs)
+    single = ((A - (win - 0.5) / beta) ** 2 + (B + (win - 0.5) / beta) ** 2) / 2  # of P(chosen > rejected) alone
+    assert sum(sppo_rows([win, 1 - win], eta=1 / beta)) / 2 == pytest.approx(single)
+    trls = (A - 0.5 / beta) ** 2 + (B + 0.5 / beta) ** 2
+    assert 2 * sum(sppo_rows([1.0, 0.0], eta=1 / beta)) / 2 == pytest.approx(trls)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 2.0])
@@ -100,10 +84,3 @@ def test_the_official_preference_of_two_is_twice_as_sharp():
     prefs = torch.sigmoid((logits - logits.mT) / 2)
     half = torch.sigmoid(torch.logit(sppo.official_prefs(prefs)) / 2)
     torch.testing.assert_close(half, prefs)
-
-
-def test_half_of_beta_in_refinement_is_half_of_lambda():
-    # eq. 12 has beta in Delta, so that lambda is in units of beta times log-probs in eq. 13, and of them in eq. 15
-    delta = [sr_dpo.refinement(*(torch.tensor([x]) for x in (-2.0, -5.0, -3.0, -4.0)), beta) for beta in (0.1, 0.2)]
-    one, other = (of_pair(sr_dpo.sr_dpo_loss, SUMS, d, 0.1, lam) for d, lam in zip(delta, (0.6, 0.3), strict=True))
-    assert one == pytest.approx(other)

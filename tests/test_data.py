@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from steps import cli
+from steps import cli, stopped
+from steps import turns as user
 from tokenizers import normalizers
 
 import common
@@ -16,22 +17,9 @@ import sppo
 from common import DigitsJudge, digit_prompts, load_pairs, load_prompts, load_rows, preferences, read_gold, split_rows
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-def stopped(capsys, call, *args):
-    """call(*args) exits with code 2 and one line, which is returned."""
-    with pytest.raises(SystemExit) as end:
-        call(*args)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1
-    return err
 
 
 FINE, BAD = ({"role": "assistant", "content": text} for text in ("fine", "bad"))

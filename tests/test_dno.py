@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from steps import TWO, distance, lines, log_pi, run, tensor, two_steps
+from steps import TWO, check_two_steps, lines, log_pi, run, stopped, tensor
 
 import dno
 from dno import Args, dno_exact_loss, dno_loss, make_pairs, win_rates
@@ -61,9 +61,8 @@ def test_win_rates_leave_the_response_itself_out():
 
 # The game ------------------------------------------------------------------------------------------------------------
 
-# Biased rock, paper, scissors: P(R > S) = 0.9, P(P > R) = 0.6, P(S > P) = 0.6; at Nash 1/6, 2/3, 1/6.
+# Biased rock, paper, scissors: P(R > S) = 0.9, P(P > R) = 0.6, P(S > P) = 0.6.
 GAME = tensor([0.5, 0.4, 0.9], [0.6, 0.5, 0.4], [0.1, 0.6, 0.5])
-NASH = tensor(1 / 6, 2 / 3, 1 / 6)
 FIRST, SECOND = [0, 0, 1], [1, 2, 2]  # all pairs of actions
 
 
@@ -179,14 +178,10 @@ def test_the_exact_loss_takes_every_pair_of_different_responses():
     assert make_pairs([same], [{"win_rate": [0.5, 0.5]}], Args(variant="exact")) == []
 
 
-# Steps ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("variant", ["dno", "exact"])
 def test_the_steps_are_those_of_the_equations(workdir, tiny, variant):
     """DNO-Prct is DPO with the reference renewed: the loss as the DPO paper writes it, at eta = beta; exact: eq. 12."""
     folder, _ = run(dno, **{**TWO, "limit": 16}, k=2, eta=0.5, sft_alpha=0.25, variant=variant, micro_tokens=100)
-    pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
 
     def value(policy, pair):
         logps = log_pi(policy, pair)
@@ -197,10 +192,7 @@ def test_the_steps_are_those_of_the_equations(workdir, tiny, variant):
         z = 1 / (1 + math.exp(pair["win_rate"][1] - pair["win_rate"][0]))
         return -z * torch.log(p) - (1 - z) * torch.log(1 - p)
 
-    found, policy = two_steps(tiny, pairs, value, TWO["learning_rate"])
-    assert [step["loss"] for step in steps] == pytest.approx([loss for loss, _ in found], rel=2e-3)
-    assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in found], rel=2e-3)
-    assert distance(folder / "iter_1/policy", policy) < 1e-3
+    check_two_steps(folder, tiny, value)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -228,7 +220,4 @@ def test_every_variant_runs(workdir, variant):
 
 
 def test_margins_that_nothing_passes_end_the_run_in_one_line(workdir, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(dno, margin=1.0, min_score=1.0, **FEW)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "--margin" in said
+    assert "--margin" in stopped(capsys, run, dno, margin=1.0, min_score=1.0, **FEW)

@@ -184,7 +184,6 @@ def test_the_policy_has_its_own_attention_back_also_after_an_error(mistral, monk
 def test_a_sample_depends_on_seed_prompt_and_index_alone(mistral):
     settings = {"max_new_tokens": 20, "eos_ids": EOS, "seed": 5}
     together = generate(mistral, PROMPTS, k=3, **settings)
-    assert all(generate(mistral, PROMPTS, k=3, **settings, slots=slots) == together for slots in (2, 3, 7, 1000))
     assert generate(mistral, PROMPTS[::-1], k=3, **settings)[::-1] == together
     assert [generate(mistral, [prompt], k=3, **settings)[0] for prompt in PROMPTS] == together
     assert [row[:3] for row in generate(mistral, PROMPTS, k=5, **settings, slots=4)] == together
@@ -259,13 +258,6 @@ def test_tokens_have_the_frequencies_of_the_exact_distribution(mistral, top_p):
     assert not follows(seconds, exact(mistral, prompt, 0.7, top_p))
 
 
-def test_a_tiny_top_p_is_greedy(mistral):
-    settings = {"k": 3, "max_new_tokens": 20, "eos_ids": EOS}
-    greedy = generate(mistral, PROMPTS, **settings, temperature=0)
-    assert generate(mistral, PROMPTS, **settings, top_p=1e-6) == greedy
-    assert generate(mistral, PROMPTS, **settings, temperature=0, top_p=0.9, seed=9) == greedy
-
-
 # One token ------------------------------------------------------------------------------------------------------------
 
 BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()  # the largest float32 that may be drawn
@@ -288,7 +280,8 @@ def test_a_token_inverts_the_cdf():
     uniform = torch.tensor([0.1, 0.3, 0.7, 0.8])
     assert sample_tokens(logits, uniform, temperature=1.0, top_p=1.0).tolist() == [0, 1, 1, 2]
     assert sample_tokens(logits, uniform, temperature=1.0, top_p=0.5).tolist() == [1, 1, 1, 1]
-    assert sample_tokens(logits, uniform, temperature=0, top_p=1.0).tolist() == [1, 1, 1, 1]
+    assert sample_tokens(logits, uniform, temperature=1.0, top_p=1e-6).tolist() == [1, 1, 1, 1]
+    assert sample_tokens(logits, uniform, temperature=0, top_p=0.9).tolist() == [1, 1, 1, 1]
     large = torch.zeros(3, 250_000)  # drawn from end to end
     large[:, -1] = -torch.inf
     token = sample_tokens(large, torch.tensor([0.0, 0.5, BELOW_ONE]), temperature=1.0, top_p=1.0).tolist()

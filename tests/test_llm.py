@@ -8,7 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from steps import cli
+from steps import cli, stopped
 
 import common
 import dno
@@ -136,13 +136,10 @@ def test_failures_are_counted_from_the_first_and_stop_from_the_twentieth(serve, 
     assert points(judge, ["1", "bad 1", "bad 2"])[0] == [3, 4]  # two of three, but of few
     assert "no verdict on 2 of 3 prompts, the last: ValueError: its reply has not" in capsys.readouterr().out
     points(judge, [str(n) for n in range(2, 20)] + ["bad 3"])
-    with pytest.raises(SystemExit):
-        points(judge, [*(f"bad {n}" for n in range(4, 23)), "20"])
-    assert "no verdict on 22 of 42 prompts" in capsys.readouterr().err
-    judge = serve("What?")
-    with pytest.raises(SystemExit):
-        points(judge, ["never"])  # nothing ever came back
-    assert "no verdict on 1 of 1 prompts, the last: ValueError" in capsys.readouterr().err
+    said = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(4, 23)), "20"])
+    assert "no verdict on 22 of 42 prompts" in said
+    said = stopped(capsys, points, serve("What?"), ["never"])  # nothing ever came back
+    assert "no verdict on 1 of 1 prompts, the last: ValueError" in said
 
 
 def test_nothing_is_asked_twice(serve, monkeypatch):
@@ -173,19 +170,15 @@ BROKEN |= {"IndexError": (200, {}, '{"choices": []}'), "its reply has not 0 to 6
 @pytest.mark.parametrize("words", BROKEN)
 def test_a_judge_that_fails_at_most_prompts_ends_the_run_with_its_last_reason(serve, capsys, words):
     judge = serve(lambda question: BROKEN[words] if "bad" in question else fair(question))
-    with pytest.raises(SystemExit) as end:
-        points(judge, [*(f"bad {n}" for n in range(12)), *"12345678"])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and "--judge llm: no verdict on 12 of 20 prompts" in err
-    assert words in err and len(common.read_jsonl(judge.cache)) == 8  # what was paid for is kept
+    err = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(12)), *"12345678"])
+    assert "--judge llm: no verdict on 12 of 20 prompts" in err and words in err
+    assert len(common.read_jsonl(judge.cache)) == 8  # what was paid for is kept
     assert f"{judge.url}/chat/completions: " in err or words not in ("401", "404", "503")
 
 
 def test_a_run_without_any_judgement_says_so(serve, workdir, capsys):
     """And does not advise to lower margins."""
     judge = serve(lambda question: '{"id0_score": 3, "id1_score": 4}' if "Hi!" in question else "What?")
-    flags = ["--judge", "llm", "--judge_url", judge.url, "--judge_model", "m", "--limit", "20", "--n_eval", "4"]
-    with pytest.raises(SystemExit):
-        cli(dno, *flags, "--iterations", "1", "--k", "2")
-    err = capsys.readouterr().err
+    flags = f"--judge llm --judge_url {judge.url} --judge_model m --limit 20 --n_eval 4 --iterations 1 --k 2"
+    err = stopped(capsys, cli, dno, *flags.split())
     assert "--judge llm: no verdict on" in err and "its reply has not 0 to 6 points" in err and "margin" not in err

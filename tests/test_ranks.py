@@ -1,7 +1,6 @@
 """Several ranks, on the CPU with gloo: the same run as with one. And samples of another engine."""
 
 import importlib
-import itertools
 import json
 import os
 import signal
@@ -61,11 +60,9 @@ def test_several_ranks_make_the_run_of_one(workdir, script, n):
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_with_another_number(workdir):
     _, whole = run(sppo, "whole", **SELF_PLAY)
     killed = torchrun(2, ROOT / "sppo.py", **SELF_PLAY, name="x")
-    for _ in itertools.count():
-        time.sleep(0.01)
+    while not (workdir / "runs/x/iter_1/responses.jsonl").exists():
         assert killed.poll() is None, killed.stdout.read()
-        if (workdir / "runs/x/iter_1/responses.jsonl").exists():
-            break
+        time.sleep(0.01)
     workers = subprocess.check_output(["pgrep", "-P", str(killed.pid)], text=True).split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert killed.wait(60) != 0

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
-from steps import cli, lines
+from steps import cli, lines, stopped
 from tqdm import tqdm
 
 import common
@@ -152,15 +152,11 @@ def test_a_kill_during_evaluation_costs_no_training(workdir, monkeypatch):
     state = torch.load("runs/x/iter_1/checkpoint.pt", weights_only=True)
     script.main(script.Args(name="whole", **settings))
     assert state["steps"] == lines(Path("runs/whole/iter_1/steps.jsonl"))
+    loss, finish, done = sppo.sppo_loss, sppo.finish_iterate, []
     monkeypatch.setattr(sppo, "sppo_loss", lambda *_: pytest.fail("a step is done again") if not done else loss(*_))
-    loss, done = common_loss, []
-    finish = sppo.finish_iterate
     monkeypatch.setattr(sppo, "finish_iterate", lambda *a, **k: (finish(*a, **k), done.append(1)))
     cli(sppo, "--resume", "runs/x")
     assert result(Path("runs/x")) == result(Path("runs/whole"))
-
-
-common_loss = sppo.sppo_loss
 
 
 def test_a_torn_last_line_is_made_again(workdir, capsys):
@@ -176,9 +172,7 @@ def test_a_torn_last_line_is_made_again(workdir, capsys):
     assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]] and lines(path) == [{"i": i} for i in items]
     assert common.cached(path, items, None) == lines(path)  # read back
     path.write_text('{"i": 0}\n{"i"\n{"i": 2}\n')
-    with pytest.raises(SystemExit):
-        common.cached(path, items, make)
-    assert "rows.jsonl: damaged" in capsys.readouterr().err
+    assert "rows.jsonl: damaged" in stopped(capsys, common.cached, path, items, make)
     rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
     assert common.cached(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(workdir / "more.jsonl")
 
@@ -216,26 +210,18 @@ def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(work
     cli(sr_dpo, *flags, "--n_eval", "8", "--epochs", "1", "--max_prompt_tokens", "64", "--name", "x")
     config = json.loads(Path("runs/x/config.json").read_text())
     assert list(config["fingerprints"]) == ["--model model", "what --pairs gives"]
-    for other in ([*rows[:-1], {**rows[-1], "prompt": "99"}], [*rows, rows[0] | {"prompt": "1"}], rows[1:] + rows[:1]):
+    others = [*rows[:-1], {**rows[-1], "prompt": "99"}], [*rows, rows[0] | {"prompt": "1"}], rows[1:] + rows[:1]
+    for other in (*others, [{**row, "rejected": "8"} for row in rows]):
         common.write_jsonl(workdir / "p.jsonl", other)
-        with pytest.raises(SystemExit):
-            cli(sr_dpo, "--resume", "runs/x")
-        assert "runs/x: what --pairs gives is not what the run was begun with" in capsys.readouterr().err
-    common.write_jsonl(workdir / "p.jsonl", [{**row, "rejected": "8"} for row in rows])
-    with pytest.raises(SystemExit):
-        cli(sr_dpo, "--resume", "runs/x")
+        said = stopped(capsys, cli, sr_dpo, "--resume", "runs/x")
+        assert "runs/x: what --pairs gives is not what the run was begun with" in said
     common.write_jsonl(workdir / "p.jsonl", rows)
     cli(sr_dpo, "--resume", "runs/x")  # as it was: goes on
-    common.save_policy(*_changed(common.load_policy(model)), model)
-    with pytest.raises(SystemExit):
-        cli(sr_dpo, "--resume", "runs/x")
-    assert "runs/x: --model model is not what the run was begun with" in capsys.readouterr().err
-
-
-def _changed(loaded):
-    policy, tokenizer = loaded
+    policy, tokenizer = common.load_policy(model)
     next(policy.parameters()).data[5] += 1
-    return policy, tokenizer
+    common.save_policy(policy, tokenizer, model)
+    said = stopped(capsys, cli, sr_dpo, "--resume", "runs/x")
+    assert "runs/x: --model model is not what the run was begun with" in said
 
 
 def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatch, capsys):
@@ -246,9 +232,7 @@ def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatc
     cli(mine, "--limit", "48", "--n_eval", "8", "--epochs", "1")
     (run,) = workdir.glob("runs/mine-tiny-s1-*")
     cli(mine, "--resume", str(run))
-    with pytest.raises(SystemExit):
-        cli(sr_dpo, "--resume", str(run))
-    assert "resume it with python mine.py" in capsys.readouterr().err
+    assert "resume it with python mine.py" in stopped(capsys, cli, sr_dpo, "--resume", str(run))
 
 
 def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from steps import TWO, cli, distance, lines, log_pi, run, tensor, two_steps
+from steps import TWO, check_two_steps, cli, lines, log_pi, run, stopped, tensor
 
 import sppo
 from sppo import Args, log_partition, make_pairs, official_prefs, sppo_loss, win_rates
@@ -32,11 +32,6 @@ def test_win_rates_by_hand():
 )
 def test_loss_by_hand(logp, ref, win_rate, eta, loss):
     assert sppo_loss(tensor(logp), tensor(ref), tensor(win_rate), eta).item() == pytest.approx(loss, abs=1e-9)
-
-
-def test_loss_gradients():
-    logps, ref_logps, w = (torch.randn(6, dtype=torch.float64) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda x: sppo_loss(x, ref_logps, w, 3.0), logps.requires_grad_())
 
 
 def test_loss_rejects_nonsense():
@@ -128,36 +123,24 @@ def test_official_prefs_are_those_of_the_scores_of_the_official_code():
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"pairing": "all", "log_z": "estimate"}, {"targets": "hard"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"micro_tokens": 1}, {"pairing": "all", "log_z": "estimate"}, {"targets": "hard"}], ids=str
+)
 def test_the_steps_minimise_eq_47_as_written_from_the_paper(workdir, tiny, settings):
     folder, _ = run(sppo, **TWO, eta=2.0, **settings)
-    pairs, steps = lines(folder / "iter_1/pairs.jsonl"), lines(folder / "iter_1/steps.jsonl")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    with torch.no_grad():
-        for pair in pairs[:5]:  # pi_t is the start
-            torch.testing.assert_close(torch.tensor(pair["ref_logps"]), log_pi(reference, pair), atol=1e-3, rtol=0)
 
     def value(policy, pair):
         h = log_pi(policy, pair) - torch.tensor(pair["ref_logps"])
         log_z = torch.tensor(pair["log_z"]) if "log_z" in settings else 1.0  # eta / 2
         return ((h - (2.0 * torch.tensor(pair["win_rate"]) - log_z)) ** 2).mean()
 
-    found, policy = two_steps(tiny, pairs, value, TWO["learning_rate"])
-    assert [step["loss"] for step in steps] == pytest.approx([loss for loss, _ in found], rel=2e-3)
-    assert [step["grad_norm"] for step in steps] == pytest.approx([norm for _, norm in found], rel=2e-3)
-    assert distance(folder / "iter_1/policy", policy) < 1e-3
+    pairs, steps = check_two_steps(folder, tiny, value)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        for pair in pairs[:5]:  # pi_t is the start
+            torch.testing.assert_close(torch.tensor(pair["ref_logps"]), log_pi(reference, pair), atol=1e-3, rtol=0)
     assert abs(steps[0]["chosen_log_ratio"]) < 1e-4 < abs(steps[1]["chosen_log_ratio"])
     assert [step["epoch"] for step in steps] == [1, 2] and [step["step"] for step in steps] == [1, 2]
-    assert [step["learning_rate"] for step in steps] == pytest.approx([1e-4, 5e-5])
-
-
-def test_micro_batches_change_nothing(workdir):
-    few = {**TWO, "batch_size": 8}
-    one, many = (run(sppo, name, micro_tokens=n, **few)[0] for name, n in (("one", 10**6), ("many", 1)))
-    for a, b in zip(lines(one / "iter_1/steps.jsonl"), lines(many / "iter_1/steps.jsonl"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
-    right = transformers.AutoModelForCausalLM.from_pretrained(one / "final").double()
-    assert distance(many / "final", right) < 1e-3
 
 
 def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(workdir, monkeypatch):
@@ -172,10 +155,7 @@ def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(workdir, monkeypa
 
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
-    with pytest.raises(SystemExit) as stopped:
-        cli(sppo, "--limit", "40", "--n_eval", "4", "--name", "x")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "lower --learning_rate" in said
+    assert "lower --learning_rate" in stopped(capsys, cli, sppo, "--limit", "40", "--n_eval", "4")
 
 
 def test_the_recipe_has_the_values_of_the_paper():

@@ -17,15 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the scripts are
 
+from steps import tensor
+
 from dno import dno_exact_loss
 from measure import RESULTS, write
 from sppo import sppo_loss
 from sr_dpo import sr_dpo_loss
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
 
 # Biased rock, paper, scissors: P(R > S) = 0.9, P(P > R) = P(S > P) = 0.6. Rock has the highest mean preference over all
 # three; at Nash it is played in one of six.

@@ -17,9 +17,8 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from games import BIASED, NASH, dno_exact_step, dpo_step, play, sppo_step, tensor
+from games import BIASED, NASH, RESULTS, dno_exact_step, dpo_step, play, sppo_step, tensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = Path(__file__).resolve().parents[2] / ".github"
 GREY, FAINT = "#7f8a96", "#7f8a9655"
 STYLES = {  # the same in all pictures

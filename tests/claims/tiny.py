@@ -34,10 +34,9 @@ import common
 import dno
 import sppo
 import sr_dpo
-from measure import cpu, rounded
+from measure import RESULTS, cpu, rounded
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-RESULTS = Path(__file__).resolve().parent / "results"
 SLACK = 0.02  # a win rate that is less than this below another one is no worse
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, by seeds
 VERDICTS = ("holds", "within the spread", "does not hold")
@@ -114,7 +113,7 @@ PAIRS |= {"t>s": total("teacher_student"), "s>t": total("student_teacher")}  # w
 # Half of the prompts: half the time, and farther from what a perfect policy wins against the start.
 SHORT = {"limit": 2816}
 SPPO, SPPO_2 = ("sppo", SHORT), ("sppo", {"k": 2, **SHORT})
-DNO = ("dno", {})
+DNO, RESTRICTIVE, SPIN = ("dno", {}), {"variant": "restrictive"}, {"variant": "spin"}
 # Iterated DPO: dno.py without teacher, margin, replay and SFT term. As in SPPO_2 its pairs are the better and the worse
 # of two samples to the same prompts, at the same rate; in iteration 1 they are the same pairs, and only the loss
 # differs. dno.py's eta is DPO's beta; 0.1 is 1 / eta of SPPO.
@@ -175,7 +174,7 @@ CLAIMS = {
     "teacher": Claim(
         "DNO is better than DNO-Restrictive and than SPIN (24.97 against 19.21 and 16.13)",
         "DNO, arXiv 2404.03715, AlpacaEval 2.0 after iteration 3",
-        {"DNO": DNO, "restrictive": ("dno", {"variant": "restrictive"}), "SPIN": ("dno", {"variant": "spin"})},
+        {"DNO": DNO, "restrictive": ("dno", RESTRICTIVE), "SPIN": ("dno", SPIN)},
         {**QUALITY, **PAIRS},
         [better("DNO", "restrictive"), better("DNO", "SPIN")],
         reading="In one epoch DNO takes more steps than both: see `teacher_steps`. No student beats this teacher.",
@@ -183,11 +182,7 @@ CLAIMS = {
     "teacher_steps": Claim(
         "DNO is better than DNO-Restrictive and than SPIN where these, which have fewer pairs, take three epochs",
         "not of the paper: a control of `teacher`, added after its result was seen",
-        {
-            "DNO": DNO,
-            "restrictive": ("dno", {"variant": "restrictive", "epochs": 3}),
-            "SPIN": ("dno", {"variant": "spin", "epochs": 3}),
-        },
+        {"DNO": DNO, "restrictive": ("dno", {**RESTRICTIVE, "epochs": 3}), "SPIN": ("dno", {**SPIN, "epochs": 3})},
         {**QUALITY, **PAIRS},
         [better("DNO", "restrictive"), better("DNO", "SPIN")],
         reading="This teacher is always right. The paper's gain needs a student that beats it at times.",
