@@ -92,6 +92,12 @@ def test_the_slope_of_a_confident_token_by_hand(dtype, rows):
     assert grad[0].item() == pytest.approx(1 / (1 + math.exp(8)), rel=5e-3)
 
 
+def test_token_logps_gradients():
+    torch.manual_seed(1)
+    leaves, targets = [torch.randn(n, 4).double().requires_grad_() for n in (5, 9)], torch.randint(9, (5,))
+    assert torch.autograd.gradcheck(lambda *x: token_logps(*x, targets, scale=0.7, softcap=2.0), leaves)
+
+
 def test_bf16_gradients_come_in_bf16_and_log_probs_keep_float32_precision(rows):
     error, gradients = compare(400, 64, 1000, {}, dtype=torch.bfloat16)
     assert error < 1e-4 and gradients < 0.01

@@ -1,4 +1,4 @@
-"""SplitMaster: a float32 master in two halves, to the bit; RMSprop as torch's; a moment rounded without bias."""
+"""SplitMaster: a float32 master in two halves, to the bit; RMSprop as torch's; a moment that is right on average."""
 
 import pytest
 import torch
@@ -64,6 +64,17 @@ def test_a_tiny_learning_rate_arrives_in_full(slices):
         drift, intended = master - w.float(), q.data - w.float()
         assert (drift - intended).norm() < 0.05 * intended.norm()  # the stochastic rounding of a moment of 8 bits
         assert intended.abs().max() < 1e-4 < w.float().abs().max()
+
+
+def test_the_moment_is_right_on_average(slices):
+    """With alpha 0.999 a bf16 moment that is rounded to nearest stops within a few per cent."""
+    p = torch.nn.Parameter(torch.zeros(1000).bfloat16())
+    optimizer, right = SplitMaster([p], 1e-6, alpha=0.999), 0.0
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        right = 0.999 * right + 0.001
+    assert optimizer.state[p]["moment"].float().mean().item() == pytest.approx(right, rel=2e-3)
 
 
 def test_each_element_parameter_and_step_is_rounded_anew_and_without_bias(slices):

@@ -34,6 +34,11 @@ def test_loss_by_hand(logp, ref, win_rate, eta, loss):
     assert sppo_loss(tensor(logp), tensor(ref), tensor(win_rate), eta).item() == pytest.approx(loss, abs=1e-9)
 
 
+def test_loss_gradients():
+    logps, ref_logps, w = (torch.randn(6, dtype=torch.float64) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda x: sppo_loss(x, ref_logps, w, 3.0), logps.requires_grad_())
+
+
 def test_loss_rejects_nonsense():
     one = torch.ones(2)
     with pytest.raises(ValueError, match="eta"):
