@@ -12,8 +12,8 @@ pi_t exp(r_t / eta), eq. 9.
 It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
 
 Where this file departs from the paper, or fills what it leaves open:
- 1. A truncated response loses to any finished one, whatever the judge says. The paper does not mention truncation;
-    there responses that repeat themselves are automatic negatives, here that is for the judge to say.
+ 1. A truncated response loses to any finished one, whatever the judge says. The paper does not mention truncation; it
+    makes responses that repeat themselves automatic negatives, which is left to the judge here.
  2. Candidates are shown to --judge llm in random order; the paper does not say in which. Other judges give preferences:
     scores are then win rates, and the values of --min_score and --margin for them are ours. RECIPES has PairRM, which
     runs on the same GPU; --judge llm is the paper's kind.
@@ -39,34 +39,34 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import pandas
 import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
-from transformers.hf_argparser import HfArg
 
 from common import (
     Checkpoint,
     add_logps,
-    add_up,
-    cached,
     cli,
     evaluate,
     finish_iterate,
     finish_run,
+    flag,
+    last_quarter,
+    linear_schedule,
     load_judge,
     load_policy,
     make_optimizer,
     micro_batches,
     pair_logps,
     preferences,
+    progress,
     read_jsonl,
+    read_or_make,
     report_pairs,
-    sample,
+    sample_responses,
     split_prompts,
     start_run,
+    sum_over_ranks,
 )
 
 
@@ -75,54 +75,54 @@ class Args:
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
-    model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
-    prompts: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
-    gold: str = HfArg(default="digits", help="The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
-    limit: int = HfArg(default=2304, help="Use the first so many prompts; 0 means all (5,632 for digits).")
-    max_prompt_tokens: int = HfArg(default=64, help="Longer prompts are left out and counted.")
+    model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
+    prompts: str = flag("digits", "'digits' (built in), a file, or a folder or hub dataset ID[:split].")
+    gold: str = flag("digits", "The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
+    limit: int = flag(2304, "Use only the first N prompts; 0 means all (5,632 for digits).")
+    max_prompt_tokens: int = flag(64, "Longer prompts are skipped and counted.", low=1)
     # judge and evaluation
-    judge: str = HfArg(default="digits", help="'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
-    judge_url: str = HfArg(default="", help="--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
-    judge_model: str = HfArg(default="", help="--judge llm: the model's name there; the key is OPENAI_API_KEY.")
-    n_eval: int = HfArg(default=1024, help="Held-out prompts for evaluation, at most a quarter of all.")
-    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; as --prompts.")
+    judge: str = flag("digits", "'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
+    judge_url: str = flag("", "--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.", free=True)
+    judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    n_eval: int = flag(1024, "Held-out prompts for evaluation, at most a quarter of all.", low=2)
+    eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
-    iterations: int = HfArg(default=3, help="Rounds of sampling, judging and training, each on its own prompts.")
-    k: int = HfArg(default=5, help="Responses sampled per prompt.")
-    variant: Literal["dno", "restrictive", "spin", "all", "exact"] = HfArg(
-        default="dno",
-        help="dno: pairs with a large margin; restrictive: of these, those that the teacher wins; spin: teacher "
+    iterations: int = flag(3, "Rounds of sampling, judging and training, each on its own prompts.", low=1)
+    k: int = flag(5, "Responses sampled per prompt.", low=2, high=128)
+    variant: Literal["dno", "restrictive", "spin", "all", "exact"] = flag(
+        "dno",
+        "dno: pairs with a large margin; restrictive: of these, those that the teacher wins; spin: teacher "
         "before student, unjudged; all: any margin; exact: Algorithm 1's loss, on all pairs.",
     )
-    eta: float = HfArg(default=2.0, help="DPO's beta: the higher, the closer to pi_t.")
-    min_score: float = HfArg(default=0.0, help="y+ scores so much; 0: 5 points by --judge llm, else a win rate of 0.5.")
-    margin: float = HfArg(
-        default=0.0,
-        help="y+ leads y- by so much, half of it if y+ is the student's; 0: 2 points, else a win rate of 0.3.",
+    eta: float = flag(2.0, "DPO's beta: the higher, the closer to pi_t.", low=1e-6)
+    min_score: float = flag(0.0, "Minimum score of y+. 0: 5 points with --judge llm, else a win rate of 0.5.")
+    margin: float = flag(
+        0.0,
+        "Minimum margin of y+ over y-, halved if y+ is the student's. 0: 2 points, else a win rate of 0.3.",
     )
-    replay: float = HfArg(default=0.3, help="At most this share of pairs is from iteration t-1, half from t-2, ...")
-    sft_alpha: float = HfArg(default=1.0, help="Weight of -log pi(y+|x), added to the contrastive loss.")
+    replay: float = flag(0.3, "Maximum share of pairs from iteration t-1; half of it from t-2, ...", high=0.99)
+    sft_alpha: float = flag(1.0, "Weight of -log pi(y+|x), added to the contrastive loss.")
     # sampling
-    temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
-    top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
-    max_new_tokens: int = HfArg(default=16, help="A response is truncated at this length.")
+    temperature: float = flag(1.0, "Sampling temperature, for training and evaluation.", low=0.01, high=100)
+    top_p: float = flag(1.0, "Nucleus sampling threshold, for training and evaluation.", low=1e-6, high=1)
+    max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
-    learning_rate: float = HfArg(default=1.5e-4, help="Peak learning rate of RMSprop.")
-    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
-    epochs: int = HfArg(default=1, help="Passes over the pairs of an iteration.")
-    batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    learning_rate: float = flag(1.5e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
+    warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
+    epochs: int = flag(1, "Passes over the pairs of an iteration.", low=1)
+    batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
     # memory and run
-    slots: int = HfArg(default=256, help="At most so many responses are decoded together; fewer if memory is short.")
-    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward and backward: memory against speed.")
-    checkpointing: bool = HfArg(default=False, help="Recompute layers in backward: memory against speed.")
-    checkpoint_minutes: float = HfArg(default=30.0, help="Minutes between two checkpoints of training.")
-    name: str = HfArg(default="", help="The run goes to runs/NAME; by default script, model, seed and time.")
-    resume: str = HfArg(default="", help="Go on with the run in this folder, with its flags.")
-    dry_run: bool = HfArg(default=False, help="Say what memory and disk the run takes, and stop.")
-    track: Literal["", "wandb", "trackio", "tensorboard"] = HfArg(default="", help="Send metrics and samples there.")
-    seed: int = HfArg(default=1, help="Seeds splits, sampling and shuffling.")
-    device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
+    slots: int = flag(256, "Most responses decoded together; fewer if memory is short.", low=1, free=True)
+    micro_tokens: int = flag(16384, "Padded tokens per micro-batch; lower it to save memory.", low=1, free=True)
+    checkpointing: bool = flag(False, "Recompute layers in backward: slower, less memory.", free=True)
+    checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
+    name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
+    resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
+    dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
+    track: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "Send metrics and samples there.", free=True)
+    seed: int = flag(1, "Seed for splits, sampling and shuffling.")
+    device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
     def __post_init__(self):
         if not self.gold and self.variant in ("restrictive", "spin"):
@@ -204,7 +204,7 @@ def win_rates(prefs):
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
-def rank(judge, rows, args):
+def rank_responses(judge, rows, args):
     """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others and, by a judge of points, "points".
 
     A truncated response gets 0 points. With --variant spin the teacher wins and nobody is asked.
@@ -223,9 +223,9 @@ def rank(judge, rows, args):
 def make_pairs(rows, ranked, args):
     """Algorithm 2, line 6: rows with "responses" [y+, y-], their "win_rate", and "kind", such as "teacher_student".
 
-    ranked: rank of `rows`. y+ must be better. By --variant dno it scores at least min_score and leads y- by margin, or
-    by half of that if y+ is the student's; restrictive wants y+ to be the teacher's as well, spin only that. exact
-    takes any two different responses, as its targets say by how much which is better.
+    ranked: what rank_responses returned for `rows`. y+ must be better than y-. With --variant dno it scores at least
+    min_score and leads y- by margin, or by half of that if y+ is the student's; restrictive also wants y+ to be the
+    teacher's, spin only that. exact takes any two different responses, as its soft targets tell how they compare.
     """
     least, margin = (5.0, 2.0) if "points" in ranked[0] else (0.5, 0.3)
     least, margin, pairs = args.min_score or least, args.margin or margin, []
@@ -263,43 +263,45 @@ def with_replay(pairs, earlier, share, rng):
 
 def main(args):
     """Run DNO; returns the metrics of every iterate, the start first."""
-    run, table, log = start_run(args, __file__)  # table: a row per finished iterate; --resume has some
+    run, history, log = start_run(args, __file__)  # history: a row per finished iterate; --resume has some
     judge = load_judge(args)
-    newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
+    newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     parts, held_out = split_prompts(policy, tokenizer, args)
-    if not table:
-        finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
+    if not history:
+        finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
-    for t in range(len(table), args.iterations + 1):  # Alg. 2, line 2
+    for t in range(len(history), args.iterations + 1):  # Alg. 2, line 2
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
-        # Alg. 2, line 4: K responses to each prompt from pi_t. Rows that are in a cached file already are kept.
-        draw = partial(sample, policy, tokenizer, k=args.k, seed=seed, args=args)
-        rows = cached(folder / "responses.jsonl", parts[t - 1], draw)
+        # Alg. 2, line 4: K responses to each prompt from pi_t. Rows that are in the file already are kept.
+        respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
+        rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
         if args.gold:  # Alg. 2, line 3: the teacher's response
             rows = [{**row, "responses": [*row["responses"], row["gold"]]} for row in rows]
         # Alg. 2, line 5: rank all K + 1
-        ranked = cached(folder / "preferences.jsonl", rows, lambda some: rank(judge, some, args), chunk=512)
+        ranked = read_or_make(
+            folder / "preferences.jsonl", rows, lambda some: rank_responses(judge, some, args), chunk=512
+        )
         # Alg. 2, line 6: pairs with a large margin
         pairs = make_pairs(rows, ranked, args)
         report_pairs(t, rows, pairs, began)
         if not pairs:
             break
-        new, earlier = pairs, [read_jsonl(run / f"iter_{i}" / "pairs.jsonl") for i in range(1, t)]
-        pairs = with_replay(new, earlier, args.replay, random.Random(f"{args.seed} replay {t}"))
+        new, earlier = len(pairs), [read_jsonl(run / f"iter_{i}" / "pairs.jsonl") for i in range(1, t)]
+        pairs = with_replay(pairs, earlier, args.replay, random.Random(f"{args.seed} replay {t}"))
         # log pi_t(y|x), before the first update and before a checkpoint is loaded: the policy is still pi_t
-        add_logps(policy, pairs, "ref_logps", args.micro_tokens)
+        pairs = add_logps(policy, pairs, "ref_logps", args.micro_tokens)
 
         # Alg. 2, line 7
         rng, size = random.Random(seed), args.batch_size
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
         optimizer = make_optimizer(policy, args.learning_rate)
-        scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        scheduler = linear_schedule(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], unless the run was killed here
-        before = table[-1]["step"]  # steps of earlier iterations
-        for epoch, batch in tqdm(batches[len(steps) :], desc="training", leave=False, disable=None):
+        before = history[-1]["step"]  # steps of earlier iterations
+        for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios = [], []
             for micro in micro_batches(policy, batch, args.micro_tokens):
                 logps = pair_logps(policy, micro)  # (pairs, 2), as the two below
@@ -313,7 +315,7 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
-            losses, log_ratios = add_up(policy, losses, log_ratios)  # over all GPUs; gradients, too
+            losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # over all GPUs; gradients, too
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -329,16 +331,16 @@ def main(args):
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args)
-        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # of the last quarter of the steps
-        metrics |= late[["loss", "chosen_log_ratio", "rejected_log_ratio"]].to_dict()
-        metrics |= {"pairs": len(pairs), "replayed": len(pairs) - len(new), **Counter(pair["kind"] for pair in new)}
+        metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio")
+        metrics |= {"pairs": len(pairs), "replayed": len(pairs) - new}
+        metrics |= Counter(pair["kind"] for pair in pairs[:new])
         metrics |= {"seconds": time.time() - began}
-        finish_iterate(run, table, log, metrics, policy, tokenizer, steps, new)
+        finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs[:new])
 
     # Alg. 2, line 9: the best iterate on held-out prompts
-    best = max(table[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
-    finish_run(run, table, best)
-    return table
+    best = max(history[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
+    finish_run(run, history, best)
+    return history
 
 
 if __name__ == "__main__":

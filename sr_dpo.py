@@ -1,9 +1,9 @@
-"""Sr-DPO and Sr-IPO, self-refined DPO and IPO: the policy itself, behind a prompt p, says how far apart a pair is.
+"""Sr-DPO and Sr-IPO, self-refined DPO and IPO: the policy, prompted with p, estimates the quality gap of each pair.
 
 Yu et al. 2024, arXiv 2405.21040. DPO and IPO learn from offline pairs (x, y+, y-) and a fixed reference; they treat all
-pairs alike. Here lam * Delta is taken off a pair's margin (off beta times it, in Sr-DPO), so that it has to be moved
-farther where Delta > 0. Delta (eq. 12) is beta times the margin over the reference that the policy gives the pair
-behind p + x: a prompt p that asks for the best of answers, put in front of the query. Sr-DPO is eq. 13 and Algorithm 1,
+pairs alike. Here lam * Delta is subtracted from a pair's margin (from beta times it, in Sr-DPO), so that a pair with
+Delta > 0 has to move farther. Delta (eq. 12) is beta times the margin over the reference that the policy gives the pair
+when the query x is prefixed with p, an instruction to answer as well as possible. Sr-DPO is eq. 13 and Algorithm 1,
 Sr-IPO eq. 15 and Algorithm 2; lam = 0 is DPO and IPO exactly. At lam of 1 and more, targets may run away from the
 policy.
 
@@ -17,7 +17,7 @@ Where this file departs from the paper, or fills what it leaves open:
  1. p goes in front of the query inside the last user turn, so that chat templates stay whole. Its wording is ours:
     REFINE_PROMPTS; --refine_prompt takes any of them or your own.
  2. Log-probs are sums over tokens, EOS included, as the formulas say. TRL's IPO takes the mean over tokens instead.
- 3. A response over --max_new_tokens keeps its start and has no EOS; the pair stays what the data says it is.
+ 3. A response over --max_new_tokens is truncated and has no EOS; which response is chosen stays as in the data.
  4. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
 """
@@ -27,33 +27,33 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import pandas
 import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
-from transformers.hf_argparser import HfArg
 
 from common import (
     Checkpoint,
     add_logps,
-    add_up,
     cli,
     digit_prompts,
     encode_rows,
     evaluate,
     finish_iterate,
     finish_run,
+    flag,
+    last_quarter,
+    linear_schedule,
     load_judge,
     load_pairs,
     load_policy,
     make_optimizer,
     micro_batches,
     pair_logps,
+    progress,
     require,
     split_rows,
     start_run,
+    sum_over_ranks,
 )
 
 REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
@@ -70,43 +70,43 @@ class Args:
     """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
 
     # model and data
-    model: str = HfArg(default="tiny", help="Policy to train: a short name from the list above, a folder, or a hub id.")
-    pairs: str = HfArg(default="digits", help="'digits' (built in), a file, or a folder or hub dataset ID[:split].")
-    limit: int = HfArg(default=2304, help="Use the first so many pairs; 0 means all (5,632 for digits).")
-    max_prompt_tokens: int = HfArg(default=64, help="Pairs whose p + prompt is longer are left out and counted.")
+    model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
+    pairs: str = flag("digits", "'digits' (built in), a file, or a folder or hub dataset ID[:split].")
+    limit: int = flag(2304, "Use only the first N pairs; 0 means all (5,632 for digits).")
+    max_prompt_tokens: int = flag(64, "Pairs whose p + prompt is longer are skipped and counted.", low=1)
     # judge and evaluation
-    judge: str = HfArg(default="digits", help="As in sppo.py; '' for none.")
-    judge_url: str = HfArg(default="", help="--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.")
-    judge_model: str = HfArg(default="", help="--judge llm: the model's name there; the key is OPENAI_API_KEY.")
-    n_eval: int = HfArg(default=512, help="Held-out pairs for evaluation, at most a quarter of all.")
-    eval_prompts: str = HfArg(default="", help="Answer these in outputs.json instead, e.g. AlpacaEval's; as --prompts.")
+    judge: str = flag("digits", "As in sppo.py; '' for none.")
+    judge_url: str = flag("", "--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.", free=True)
+    judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    n_eval: int = flag(512, "Held-out pairs for evaluation, at most a quarter of all.", low=2)
+    eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
-    loss: Literal["sr_dpo", "sr_ipo"] = HfArg(default="sr_dpo", help="Eq. 13, or eq. 15.")
-    beta: float = HfArg(default=1.0, help="Regularisation of --loss sr_dpo: the higher, the closer to the reference.")
-    beta_ipo: float = HfArg(default=0.05, help="The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).")
-    lam: float = HfArg(default=0.3, help="Weight of the refinement; 0: DPO or IPO, on the same pairs.")
-    refine_prompt: str = HfArg(default="tiny", help="p: usefulness, expert, short, tiny, or a text of your own.")
+    loss: Literal["sr_dpo", "sr_ipo"] = flag("sr_dpo", "Eq. 13, or eq. 15.")
+    beta: float = flag(1.0, "Regularisation of --loss sr_dpo: the higher, the closer to the reference.", low=1e-6)
+    beta_ipo: float = flag(0.05, "The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).", low=1e-6)
+    lam: float = flag(0.3, "Weight of the refinement; 0: DPO or IPO, on the same pairs.")
+    refine_prompt: str = flag("tiny", "p: usefulness, expert, short, tiny, or a text of your own.")
     # sampling
-    temperature: float = HfArg(default=1.0, help="Sampling temperature, for training and evaluation.")
-    top_p: float = HfArg(default=1.0, help="Nucleus sampling threshold, for training and evaluation.")
-    max_new_tokens: int = HfArg(default=16, help="A response is truncated at this length.")
+    temperature: float = flag(1.0, "Sampling temperature, for training and evaluation.", low=0.01, high=100)
+    top_p: float = flag(1.0, "Nucleus sampling threshold, for training and evaluation.", low=1e-6, high=1)
+    max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
-    learning_rate: float = HfArg(default=5e-5, help="Peak learning rate of RMSprop.")
-    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps in which the rate rises; then it falls to 0.")
-    epochs: int = HfArg(default=3, help="Passes over the pairs of an iteration.")
-    batch_size: int = HfArg(default=64, help="Pairs per optimiser step; the last of an epoch may have fewer.")
-    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this norm.")
+    learning_rate: float = flag(5e-5, "Peak learning rate of RMSprop.", low=1e-12, high=1)
+    warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
+    epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
+    batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
     # memory and run
-    slots: int = HfArg(default=256, help="At most so many responses are decoded together; fewer if memory is short.")
-    micro_tokens: int = HfArg(default=16384, help="Padded tokens per forward and backward: memory against speed.")
-    checkpointing: bool = HfArg(default=False, help="Recompute layers in backward: memory against speed.")
-    checkpoint_minutes: float = HfArg(default=30.0, help="Minutes between two checkpoints of training.")
-    name: str = HfArg(default="", help="The run goes to runs/NAME; by default script, model, seed and time.")
-    resume: str = HfArg(default="", help="Go on with the run in this folder, with its flags.")
-    dry_run: bool = HfArg(default=False, help="Say what memory and disk the run takes, and stop.")
-    track: Literal["", "wandb", "trackio", "tensorboard"] = HfArg(default="", help="Send metrics and samples there.")
-    seed: int = HfArg(default=1, help="Seeds splits, sampling and shuffling.")
-    device: Literal["cpu", "cuda"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
+    slots: int = flag(256, "Most responses decoded together; fewer if memory is short.", low=1, free=True)
+    micro_tokens: int = flag(16384, "Padded tokens per micro-batch; lower it to save memory.", low=1, free=True)
+    checkpointing: bool = flag(False, "Recompute layers in backward: slower, less memory.", free=True)
+    checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
+    name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
+    resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
+    dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
+    track: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "Send metrics and samples there.", free=True)
+    seed: int = flag(1, "Seed for splits, sampling and shuffling.")
+    device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
     def __post_init__(self):
         if not self.refine_prompt.strip():
@@ -240,9 +240,8 @@ def make_pairs(policy, tokenizer, pairs, args):
 
 def add_both(policy, pairs, name, args):
     """`pairs` with add_logps behind x as `name`, and behind p + x as `name`_p."""
-    add_logps(policy, pairs, name, args.micro_tokens)
-    add_logps(policy, pairs, f"{name}_p", args.micro_tokens, "refined_ids")
-    return pairs
+    pairs = add_logps(policy, pairs, name, args.micro_tokens)
+    return add_logps(policy, pairs, f"{name}_p", args.micro_tokens, "refined_ids")
 
 
 def measure(policy, pairs, args):
@@ -251,7 +250,9 @@ def measure(policy, pairs, args):
     These are the mean margin ("marginal") and the accuracy, both also behind p, and how the margin rises with "gap",
     where that is known and varies.
     """
-    add_both(policy, pairs, "logps", args)
+    import pandas  # takes half a second
+
+    pairs = add_both(policy, pairs, "logps", args)
     table, figures = pandas.DataFrame({"gap": [pair.get("gap") for pair in pairs]}, dtype=float), {}
     for p in ("", "_p"):
         logps, ref_logps = (torch.tensor([pair[name + p] for pair in pairs]) for name in ("logps", "ref_logps"))
@@ -268,21 +269,22 @@ def measure(policy, pairs, args):
 
 def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
-    run, table, log = start_run(args, __file__)  # table: a row per finished iterate; --resume has some
+    run, history, log = start_run(args, __file__)  # history: a row per finished iterate; --resume has some
     judge = load_judge(args) if args.judge else None
-    newest = run / f"iter_{len(table) - 1}" / "policy" if len(table) > 1 else args.model
+    newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     builtin = args.pairs == "digits"
     pairs = digit_pairs(args.limit or 5632, args.seed) if builtin else load_pairs(args.pairs, args.limit)
     (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
-    if not table:
-        finish_iterate(run, table, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
+    if not history:
+        finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
-    for t in range(len(table), 2):  # one iteration, as the pairs are given; none if --resume finds it done
+    for t in range(len(history), 2):  # one iteration, as the pairs are given; none if --resume finds it done
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
         # log pi_ref of x and p + x, before the first update and any checkpoint: the policy is still pi_ref
-        add_both(policy, pairs + scored, "ref_logps", args)
+        both = add_both(policy, pairs + scored, "ref_logps", args)
+        pairs, scored = both[: len(pairs)], both[len(pairs) :]
 
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
         loss_of, beta = (sr_dpo_loss, args.beta) if args.loss == "sr_dpo" else (sr_ipo_loss, args.beta_ipo)
@@ -290,11 +292,11 @@ def main(args):
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
         optimizer = make_optimizer(policy, args.learning_rate)
-        scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        scheduler = linear_schedule(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], unless the run was killed here
-        before = table[-1]["step"]  # steps of earlier iterations
-        for epoch, batch in tqdm(batches[len(steps) :], desc="training", leave=False, disable=None):
+        before = history[-1]["step"]  # steps of earlier iterations
+        for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios, deltas = [], [], []
             for micro in micro_batches(policy, batch, args.micro_tokens):
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)  # (pairs, 2)
@@ -310,7 +312,9 @@ def main(args):
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
                 deltas.append(delta)
-            losses, log_ratios, deltas = add_up(policy, losses, log_ratios, deltas)  # over all GPUs; gradients, too
+            losses, log_ratios, deltas = sum_over_ranks(
+                policy, losses, log_ratios, deltas
+            )  # over all GPUs; gradients, too
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -327,15 +331,14 @@ def main(args):
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args) | measure(policy, scored, args)
-        late = pandas.DataFrame(steps[-max(1, len(steps) // 4) :]).mean()  # of the last quarter of the steps
-        metrics |= late[["loss", "chosen_log_ratio", "rejected_log_ratio", "delta"]].to_dict()
+        metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio", "delta")
         metrics |= {"pairs": len(pairs), "seconds": time.time() - began}
-        finish_iterate(run, table, log, metrics, policy, tokenizer, steps, pairs)
+        finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs)
 
     # the best iterate on held-out prompts
-    best = max(table[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
-    finish_run(run, table, best)
-    return table
+    best = max(history[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
+    finish_run(run, history, best)
+    return history
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main():
     for ids in torch.randint(32000, (args.pairs, 1056), generator=random).tolist():
         answers = [{"ids": ids[256:656]}, {"ids": ids[656:]}]
         pairs.append({"prompt_ids": ids[:256], "responses": answers, "win_rate": [0.8, 0.2]})
-    common.add_logps(policy, pairs, "ref_logps", MICRO_TOKENS)
+    pairs = common.add_logps(policy, pairs, "ref_logps", MICRO_TOKENS)
 
     def loss_of(logps, micro):
         return sppo_loss(logps, column(micro, "ref_logps", logps), column(micro, "win_rate", logps), 1e3).mean(1)

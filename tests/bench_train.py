@@ -41,7 +41,7 @@ def optimiser(policy):
 
 
 def ours(policy, pairs, args):
-    common.add_logps(policy, pairs, "ref_logps", args.micro_tokens)
+    pairs = common.add_logps(policy, pairs, "ref_logps", args.micro_tokens)
 
     def loss_of(logps, micro):
         return sppo_loss(logps, column(micro, "ref_logps", logps), column(micro, "win_rate", logps), ETA).mean(1)
@@ -51,7 +51,7 @@ def ours(policy, pairs, args):
 
 def refined(policy, pairs, args, lam=0.3):
     pairs = [{**pair, "refined_ids": [7] * P + pair["prompt_ids"]} for pair in pairs]
-    add_both(policy, pairs, "ref_logps", args)
+    pairs = add_both(policy, pairs, "ref_logps", args)
 
     def loss_of(logps, micro):
         delta = torch.zeros(len(micro), device=logps.device)

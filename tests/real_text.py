@@ -117,7 +117,7 @@ def premise(model, file, device):
         rows = common.encode_rows(policy, tokenizer, common.load_pairs(file, 96), args, "", ["chosen", "rejected"])
         rows = common.encode_rows(policy, tokenizer, rows, args, change=lambda x, p=p: sr_dpo.refine(x, p))
         rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
-        common.add_logps(policy, rows, "logps", args.micro_tokens, "refined_ids")
+        rows = common.add_logps(policy, rows, "logps", args.micro_tokens, "refined_ids")
         logps = torch.tensor([row["logps"] for row in rows])
         plain = logps if plain is None else plain
         chosen, rejected = (logps - plain).mean(0).tolist()

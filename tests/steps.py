@@ -23,9 +23,11 @@ def cli(script, *flags):
 
 
 def stopped(capsys, call, *args, **more):
-    """What call(...) says, where it ends with exit code 2 and one line."""
-    with pytest.raises(SystemExit) as end:
+    """The one line of an error for the user: of a command, which exits with code 2, or of a part, which raises it."""
+    with pytest.raises((SystemExit, common.UserError)) as end:
         call(*args, **more)
+    if isinstance(end.value, common.UserError):
+        return " ".join(str(end.value).split())
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     return err

@@ -74,7 +74,7 @@ def test_what_would_be_computed_wrongly_is_refused_in_either_dtype(name, dtype, 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_of_an_unknown_kind_is_found_by_its_numbers(name, monkeypatch, capsys):
-    monkeypatch.setattr(common, "head", lambda policy: {"weight": policy.get_output_embeddings().weight})
+    monkeypatch.setattr(common, "head_of", lambda policy: {"weight": policy.get_output_embeddings().weight})
     policy = build(name, torch.float32, **HEADS[name])
     assert "head are not those of a plain" in stopped(capsys, common.check_architecture, policy, name)
 

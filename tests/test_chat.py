@@ -80,27 +80,23 @@ TOKENIZERS = {
     "phi-3": tokenizer(PHI, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], sentencepiece=True),
     "qwen3": tokenizer(THINK, IM, ["<think>", "</think>"], eos="<|im_end|>"),
     "deepseek": tokenizer(SEEK, bos="<bos>"),
-    "parts": tokenizer(PARTS, IM, eos="<|im_end|>"),
     "system dropped": tokenizer(SILENT, IM, eos="<|im_end|>"),
     "another eos": tokenizer(CHATML, [*IM, "<|im_end|>"]),
-    "no end": tokenizer(LINES),
     "none": tokenizer(None),
 }
 CASES = {  # what "Hi" becomes, and between « and » what "Be brief" adds; what "Yes, Paris." becomes; what is said
     "chatml": (BOTH, YES, ""),
     "chatml, bos": ("<s>" + BOTH, YES, ""),
     "llama-3": (LLAMA, "Yes, Paris.<eos>", ""),
-    "mistral": ("<s>[INST] «Be brief\n\n»Hi [/INST]", "Yes, Paris.</s>", "writes no system turn"),
-    "mistral, blank, bytes": ("<s>[INST] «Be brief\n\n»Hi [/INST]", " Yes, Paris.</s>", "writes no system turn"),
+    "mistral": ("<s>[INST] Hi [/INST]", "Yes, Paris.</s>", ""),  # without «»: a system turn is refused
+    "mistral, blank, bytes": ("<s>[INST] Hi [/INST]", " Yes, Paris.</s>", ""),
     "zephyr": ("«<|system|>\nBe brief<eos>\n»<|user|>\nHi<eos>\n<|assistant|>\n", "Yes, Paris.<eos>", ""),
-    "gemma": ("<bos><turn>user\n«Be brief\n\n»Hi<end>\n<turn>model\n", "Yes, Paris.<end>", "ends a turn with <end>"),
+    "gemma": ("<bos><turn>user\nHi<end>\n<turn>model\n", "Yes, Paris.<end>", "ends a turn with <end>"),
     "phi-3": ("«<|system|>\nBe brief<|end|>\n»<|user|>\nHi<|end|>\n<|assistant|>\n", "Yes, Paris.<|end|>", "<|end|>"),
     "qwen3": (BOTH, "<think>\n\n</think>\n\n" + YES, ""),
     "deepseek": ("<bos>«Be brief\n\n»User: Hi\n\nAssistant:", " Yes, Paris.<eos>", ""),
-    "parts": (BOTH, YES, "content goes in as parts"),
-    "system dropped": (ASKS.replace("Hi", "«Be brief\n\n»Hi"), YES, "writes no system turn"),
+    "system dropped": (ASKS, YES, ""),
     "another eos": (BOTH, YES, "ends a turn with <|im_end|>, which is not EOS"),
-    "no end": ("«system: Be brief\n»user: Hi\nassistant:", " Yes, Paris.<eos>", "ends no turn"),
     "none": ("«Be brief\n\n»Hi", "Yes, Paris.<eos>", "is missing: prompts are plain text"),
 }
 
@@ -108,10 +104,14 @@ CASES = {  # what "Hi" becomes, and between « and » what "Be brief" adds; what
 @pytest.mark.parametrize("name", CASES)
 def test_ids_are_those_of_what_the_template_writes(name, capsys):
     (both, answer, said), t, one = CASES[name], TOKENIZERS[name], chat(name)
-    lines = capsys.readouterr().out.replace("the chat template writes no developer turn", "")
+    lines = capsys.readouterr().out
     assert said in lines if said else "the chat template" not in lines
     prompt, with_system = re.sub("«.*»", "", both, flags=re.DOTALL), re.sub("[«»]", "", both)
-    for messages, text in ((turns("Hi"), prompt), (turns("Hi", system="Be brief"), with_system)):
+    briefly = turns("Hi", system="Be brief")
+    if "«" not in both:
+        with pytest.raises(Refused, match="with a system turn, which the chat template does not write"):
+            one.prompt_ids(briefly)
+    for messages, text in ((turns("Hi"), prompt), (briefly, with_system))[: 2 if "«" in both else 1]:
         head, y = one.prompt_ids(messages), one.response(messages, "Yes, Paris.", 99)
         assert head + y["ids"] == t(text + answer, add_special_tokens=False).input_ids
         assert t.decode(head) == text and t.decode(head + y["ids"]) == text + answer
@@ -128,13 +128,13 @@ def test_what_a_template_lacks_is_said_once_and_stays(name, capsys):
     one = chat(name)
     capsys.readouterr()
     again = chat(one.tokenizer, one.stops)
-    talk = turns("Hi", "Hello.", "How are you?", system="Be brief")
+    talk = turns("Hi", "Hello.", "How are you?", system="Be brief" if "«" in CASES[name][0] else None)
     assert again.prompt_ids(talk) == one.prompt_ids(talk) and capsys.readouterr().out == ""
     assert again.response(talk, "fine", 9) == one.response(talk, "fine", 9)
 
 
 @pytest.mark.parametrize("answer", ["\n\nA line", "  blanks", "def f(a):\n    return a\n", "Où? 🙂", "user: Hi\n\n"])
-@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma", "deepseek", "no end", "none"])
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma", "deepseek", "none"])
 def test_nothing_of_an_answer_is_lost(name, answer):
     one = chat(name)
     y = one.response(turns("Hi", "a", "b"), answer, 999)
@@ -189,6 +189,8 @@ def test_a_turn_that_is_not_written_or_only_seems_to_be_is_refused():
         (EACH + "{% if m.role == 'user' %}" + TURN + "{% endif %}" + END + HEADER, "does not write a question and its"),
         ("{{ raise_exception('no') }}", "does not write a question and its answer"),
         (EACH + TURN + TURN + END + HEADER, "does not write a question and its answer"),
+        (PARTS, "does not write a question and its answer as text"),
+        (LINES, "its chat template ends answers by no token: add {{ eos_token }}"),
         (EACH + TURN + END, "its chat template has no generation prompt: add '<|im_start|>assistant\\n'"),
     ],
 )

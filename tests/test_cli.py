@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -52,9 +53,9 @@ for n, ys in enumerate([[ANSWER, one] for one in PARTS[1:]] + [None, [ANSWER]]):
     FILES[f"runs/engine_{n}/metrics.jsonl"] = '{"iterate": 0, "step": 0}\n'
     FILES[f"runs/engine_{n}/iter_1/responses.jsonl"] = json.dumps({"responses": ys}) + "\n"
 BAD = [  # script, flags, words of the one line
-    (sppo, "--iteration 3", "--iteration is no flag; did you mean --iterations?"),
+    (sppo, "--iteration 3", "unrecognized argument --iteration; did you mean --iterations?"),
     (dno, "--learning_rat 1", "did you mean --learning_rate?"),
-    (sppo, "word", "word is no flag"),
+    (sppo, "word", "unrecognized argument word"),
     (sppo, "--k two", "--k: invalid int value: 'two'"),
     (sppo, "--pairing some", "--pairing: invalid choice: 'some'"),
     (sppo, "--k", "--k: expected one argument"),
@@ -76,7 +77,7 @@ BAD = [  # script, flags, words of the one line
     (dno, "--variant spin --gold=", "--variant spin: its pairs are won by a teacher; give --gold"),
     (sr_dpo, "--refine_prompt=", "--refine_prompt: give one of usefulness"),
     (sppo, "--name a/b", "--name 'a/b': use at most 100 letters"),
-    (sppo, "--name taken", "--name taken: runs/taken is there; take another"),
+    (sppo, "--name taken", "--name taken: runs/taken exists; take another name"),
     (sppo, "--resume=", "--resume ''"),
     (sppo, "--resume runs/nothing", "--resume 'runs/nothing': not the folder of a run"),
     (sppo, "--resume runs/taken", "--resume runs/taken: its config.json is not of a run"),
@@ -113,13 +114,17 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--model no_model", "--model no_model"),
     (sppo, "--model bad_model", "--model bad_model"),
     (sppo, "--model no_weights --judge digits --max_new_tokens 16", "--model no_weights"),
-    (sppo, "--judge nobody", "(no folder and no hub id); give digits, pairrm, llm, a folder"),
+    (sppo, "--judge nobody", "give a folder, or a hub id ORG/NAME; or one of digits, pairrm, llm"),
     (sppo, "--judge=", "--judge : no PairRM"),
     (sppo, "--judge no_model", "--judge no_model: no PairRM"),
     (sppo, "--judge pairrm", "--judge llm-blender/PairRM-hf"),
     (sppo, "--judge llm", "--judge llm: give --judge_url"),
     (sppo, "--judge llm --judge_url localhost --judge_model m", "--judge llm: give --judge_url, like http"),
-    (sppo, "--judge llm --judge_url http://127.0.0.1:9 --judge_model m", "127.0.0.1:9/chat/completions: URLError"),
+    (
+        sppo,
+        "--judge llm --judge_url http://127.0.0.1:9 --judge_model m",
+        "URLError",
+    ),
     (sppo, "--track trackio", "--track trackio: it is not installed; pip install trackio"),
 ]
 
@@ -171,18 +176,18 @@ def test_what_a_run_prints(workdir, capsys, monkeypatch):
     cli(sppo, *SMALL, "--name", "x")
     said = capsys.readouterr()
     printed = said.out.splitlines()
-    assert "sort the digits of the prompt" in printed[0] and said.err == ""
+    assert "judge digits" in printed[0] and said.err == ""
     assert printed[1].startswith("455,808 parameters: ") and "prompts to train on, 8 held out" in printed[2]
-    assert printed[3].startswith("[0] ") and "right" in printed[3] and "mine 0.25" in said.out
-    assert "[1] 32 prompts x 2 responses" in said.out and "beats the start" in said.out
-    assert "% right; the best iterate, [1], beats the start" in said.out and printed[-1] == "Its policy: runs/x/final"
+    assert printed[3].startswith("[0] exact_match ") and "mine 0.25" in said.out
+    assert "[1] prompts 32, responses 2, pairs " in said.out and "wins_vs_start" in said.out
+    assert "the best iterate is [1]: exact_match " in said.out and printed[-1] == "Its policy: runs/x/final"
     assert max(map(len, printed)) <= 80
 
 
 def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):
     cli(sppo, *SMALL, "--name", "x", "--max_new_tokens", "6", "--k", "8")
     said = capsys.readouterr().out
-    assert "by the length limit alone" in said and "warning: these are most" in said
+    assert re.search(r"decided by\s+truncation [1-9]", said) and "warning: most pairs only teach to be short" in said
 
 
 def test_dry_run_says_what_it_takes_and_writes_nothing(workdir, capsys):

@@ -257,4 +257,4 @@ ODD |= {"itself": [[[0.0, 0.9], [0.1, 0.0]]], "over 1": [[[0.5, 1.5], [-0.5, 0.5
 @pytest.mark.parametrize("how", ODD)
 def test_a_judge_that_returns_no_preferences_is_refused(how, capsys):
     rows = [{"prompt": user("?"), "responses": [{"text": y, "finished": True} for y in "ab"]}]
-    assert "--judge: what it returns is no prefs (B, K, K)" in stopped(capsys, preferences, lambda *_: ODD[how], rows)
+    assert "--judge: it must return preferences (B, K, K)" in stopped(capsys, preferences, lambda *_: ODD[how], rows)

@@ -132,10 +132,10 @@ def test_large_margin_pairs_on_a_literal_table():
 def test_restrictive_spin_and_all():
     assert pairs_of([0.9, 0.1, 0.5], variant="restrictive") == {(99, 1): "teacher_student"}
     spin, row = Args(variant="spin"), row_of(2)
-    ranked = dno.rank(None, [row], spin)  # nobody is asked
+    ranked = dno.rank_responses(None, [row], spin)  # nobody is asked
     assert pairs_of(ranked[0]["win_rate"], variant="spin") == {(99, 0): "teacher_student", (99, 1): "teacher_student"}
     row["responses"][2]["finished"] = False  # a teacher that was cut
-    assert dno.rank(None, [row], spin)[0]["win_rate"] == [0, 0, 0]
+    assert dno.rank_responses(None, [row], spin)[0]["win_rate"] == [0, 0, 0]
     assert pairs_of([0, 0, 0], variant="spin") == {}
     assert set(pairs_of([0.3, 0.2, 0.2], gold=False, variant="all")) == {(0, 1), (0, 2)}  # 1 and 2 tie
 
@@ -166,7 +166,7 @@ def test_truncated_responses_get_no_points():
 
     row = row_of(3, gold=False)
     row["responses"][1]["finished"] = False
-    (ranked,) = dno.rank(Judge(), [row], Args())
+    (ranked,) = dno.rank_responses(Judge(), [row], Args())
     assert ranked == {"win_rate": pytest.approx([3 / 4, 0, 3 / 4]), "points": [3, 0, 6]}
 
 

@@ -11,7 +11,7 @@ import transformers as hf
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import common
-from common import check_architecture, generate, head, head_logits, sample_tokens, uniforms
+from common import check_architecture, generate, head_logits, head_of, sample_tokens, uniforms
 
 HAS_TRITON = pytest.mark.skipif(not common.triton, reason="triton is for Linux only")
 V = 67
@@ -68,7 +68,7 @@ def generate_plain(policy, prompts, *, k, max_new_tokens, temperature=1.0, top_p
         ids = torch.tensor([prompt] * k, device=policy.device)
         for n in range(max_new_tokens):
             hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-            token = sample_tokens(head_logits(hidden, **head(policy)), noise[:, n], temperature, top_p)
+            token = sample_tokens(head_logits(hidden, **head_of(policy)), noise[:, n], temperature, top_p)
             ids = torch.cat([ids, token[:, None]], 1)
         rows = ids[:, len(prompt) :].tolist()
         ends = [next((n for n, token in enumerate(row, 1) if token in eos_ids), max_new_tokens) for row in rows]
@@ -196,13 +196,14 @@ def test_a_sample_depends_on_seed_prompt_and_index_alone(mistral):
 
 def test_the_cache_is_gone_when_generate_returns(mistral, monkeypatch):
     """Tens of gigabytes on a GPU: they cannot wait for the garbage collector."""
-    keys, make_layer = [], common.SlotLayer.__init__
+    keys, make_layer = [], common.slot_layer
 
-    def spy(self, *args):
-        make_layer(self, *args)
-        keys.append(weakref.ref(self.keys))
+    def spy(*args):
+        layer = make_layer(*args)
+        keys.append(weakref.ref(layer.keys))
+        return layer
 
-    monkeypatch.setattr(common.SlotLayer, "__init__", spy)
+    monkeypatch.setattr(common, "slot_layer", spy)
     gc.collect()
     gc.disable()
     try:

@@ -175,7 +175,7 @@ def test_response_logps_is_the_sum_over_the_response_alone_whatever_else_is_in_t
     assert seen == [sum(map(len, RESPONSES))], "prompts and padding never reach the head"
     for max_tokens in (1, 13, 10_000):  # alone, with some, with all
         rows = [{"prompt_ids": x, "responses": [{"ids": y}]} for x, y in zip(PROMPTS, RESPONSES, strict=True)]
-        add_logps(policy, rows, "logps", max_tokens)
+        rows = add_logps(policy, rows, "logps", max_tokens)
         torch.testing.assert_close(torch.tensor([row["logps"] for row in rows]), torch.tensor(right), atol=1e-5, rtol=0)
 
 
@@ -223,7 +223,7 @@ def sizes(pairs, name="prompt_ids"):
 @pytest.mark.parametrize("most", [1, V * 4 * 150, 10**9])
 @pytest.mark.parametrize("name", ["prompt_ids", "refined_ids"])
 def test_micro_batches_hold_every_pair_once_within_both_budgets(max_tokens, most, name, monkeypatch):
-    monkeypatch.setattr(common, "SLOPES", {"cpu": most})
+    monkeypatch.setattr(common, "SLOPE_BYTES", {"cpu": most})
     # Of sr_dpo.py's two prompts the longer one, refined_ids, counts.
     pairs = [{**pair, name: [7] * 20 + pair["prompt_ids"]} for pair in random_pairs(120)]
     batches = micro_batches(llama(), pairs, max_tokens)

@@ -1,5 +1,7 @@
 """SplitMaster: a float32 master in two halves, to the bit; RMSprop as torch's; a moment that is right on average."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,7 +106,7 @@ def test_bf16_weights_take_8_bytes_with_their_gradient_and_float32_ones_torchs_o
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert torch.equal(first, before), "without a gradient a parameter stays"
-    tensors = [x for p in others for x in (p, p.grad, p.master_remainder, *optimizer.state[p].values())]
+    tensors = [x for p in others for x in (p, p.grad, *optimizer.state[p].values())]
     assert sum(x.numel() * x.itemsize for x in tensors if torch.is_tensor(x)) == 8 * sum(p.numel() for p in others)
 
 
@@ -124,3 +126,45 @@ def test_sppo_in_bf16_as_on_a_gpu_keeps_the_master_between_iterations(workdir, m
     saved = load_file(workdir / "runs/bf16/iter_1/policy/master.remainders")
     assert len(table) == 3 and remainders[0] == {} and remainders[1].keys() == saved.keys()
     assert all(x.any() and torch.equal(x, remainders[1][name]) for name, x in saved.items())
+
+
+def test_each_group_has_its_own_rate_a_closure_is_called_and_what_would_go_wrong_is_refused(slices):
+    fast, slow = (torch.nn.Parameter(torch.ones(7, 50).bfloat16()) for _ in range(2))
+    optimizer = SplitMaster([{"params": [fast], "lr": 1e-2}, {"params": [slow]}], 1e-4)
+    optimizer.zero_grad()
+
+    def closure():
+        loss = (fast.float() + slow.float()).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 700
+    moved = [(1 - join_master(p.data, p.master_remainder)).mean().item() for p in (fast, slow)]
+    assert moved == pytest.approx([0.1, 0.001], rel=1e-2)  # lr g / sqrt(0.01 g^2)
+    with pytest.raises(ValueError, match=r"contiguous bf16 parameters, got \(50, 7\)"):
+        SplitMaster([{"params": [fast]}, {"params": [torch.nn.Parameter(slow.data.T)]}], 1e-4)
+    with pytest.raises(ValueError, match="float32"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+
+
+def test_state_dicts_carry_the_master(slices):
+    def new():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(30, 20).bfloat16()
+        return layer, SplitMaster(layer.parameters(), 1e-4)
+
+    def train(layer, optimizer, steps):
+        for step in steps:
+            for p in layer.parameters():
+                p.grad = torch.full_like(p, 0.1 * (step + 1))
+            optimizer.step()
+        return [join_master(p.data, p.master_remainder) for p in layer.parameters()]
+
+    layer, optimizer = new()
+    train(layer, optimizer, range(3))
+    saved = copy.deepcopy([layer.state_dict(), optimizer.state_dict()])
+    right = train(layer, optimizer, range(3, 6))
+    layer, optimizer = new()
+    layer.load_state_dict(saved[0]), optimizer.load_state_dict(saved[1])
+    assert all(torch.equal(a, b) for a, b in zip(train(layer, optimizer, range(3, 6)), right, strict=True))
+    assert all(p.master_remainder is optimizer.state[p]["remainder"] for p in layer.parameters())

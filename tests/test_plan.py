@@ -58,7 +58,7 @@ def test_slots_are_as_many_as_memory_holds(seven_b, monkeypatch):
     config, size = common.load_config(seven_b)[0], 1024 * 128 * 1024 + 64 * 32000
     assert common.slot_bytes(config, 1024, 2) == size
     policy, seen = llama(), []
-    monkeypatch.setattr(common, "SlotLayer", lambda like, pos, capacity: seen.append(len(pos)) or 1 / 0)
+    monkeypatch.setattr(common, "slot_layer", lambda like, pos, capacity: seen.append(len(pos)) or 1 / 0)
     one = common.slot_bytes(policy.config, max(map(len, PROMPTS)) + 4, 4)
     for memory, slots in ((100.0 * one, 7), (10.01 * one, 7), (2.0 * one, 1), (0.0, 1)):
         monkeypatch.setattr(common, "free_memory", lambda device, memory=memory: memory)

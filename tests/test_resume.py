@@ -97,9 +97,9 @@ def result(folder):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So that samples and preferences have moments in which they are half done."""
-    whole = common.cached
+    whole = common.read_or_make
     for script in (sppo, dno):
-        monkeypatch.setattr(script, "cached", lambda path, items, make, chunk=0: whole(path, items, make, 4))
+        monkeypatch.setattr(script, "read_or_make", lambda path, items, make, chunk=0: whole(path, items, make, 4))
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -168,13 +168,15 @@ def test_a_torn_last_line_is_made_again(workdir, capsys):
         asked.append(some)
         return [{"i": i} for i in some]
 
-    assert common.cached(path, items, make, 3) == [{"i": i} for i in items]
+    assert common.read_or_make(path, items, make, 3) == [{"i": i} for i in items]
     assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]] and lines(path) == [{"i": i} for i in items]
-    assert common.cached(path, items, None) == lines(path)  # read back
+    assert common.read_or_make(path, items, None) == lines(path)  # read back
     path.write_text('{"i": 0}\n{"i"\n{"i": 2}\n')
-    assert "rows.jsonl: damaged" in stopped(capsys, common.cached, path, items, make)
+    assert "rows.jsonl: damaged" in stopped(capsys, common.read_or_make, path, items, make)
     rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
-    assert common.cached(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(workdir / "more.jsonl")
+    assert common.read_or_make(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(
+        workdir / "more.jsonl"
+    )
 
 
 def test_new_samples_are_judged_anew(workdir):
@@ -214,14 +216,14 @@ def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(work
     for other in (*others, [{**row, "rejected": "8"} for row in rows]):
         common.write_jsonl(workdir / "p.jsonl", other)
         said = stopped(capsys, cli, sr_dpo, "--resume", "runs/x")
-        assert "runs/x: what --pairs gives is not what the run was begun with" in said
+        assert "runs/x: what --pairs gives has changed since the run began" in said
     common.write_jsonl(workdir / "p.jsonl", rows)
     cli(sr_dpo, "--resume", "runs/x")  # as it was: goes on
     policy, tokenizer = common.load_policy(model)
     next(policy.parameters()).data[5] += 1
     common.save_policy(policy, tokenizer, model)
     said = stopped(capsys, cli, sr_dpo, "--resume", "runs/x")
-    assert "runs/x: --model model is not what the run was begun with" in said
+    assert "runs/x: --model model has changed since the run began" in said
 
 
 def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatch, capsys):

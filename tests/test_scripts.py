@@ -17,24 +17,24 @@ import sppo
 import sr_dpo
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-NAMES = {"sppo": 18, "dno": 19, "sr_dpo": 18}  # at most so many from common
+NAMES = {"sppo": 22, "dno": 23, "sr_dpo": 22}  # at most so many from common
 
 # Flags that say otherwise in another script, as they are about pairs there, or of another method.
 OTHER_WORDS = {"judge", "limit", "n_eval", "max_prompt_tokens", "eta", "batch_size"}
 
 BLOCKS = {  # of main: name -> (first words, last words)
-    "the start": ("    run, table, log = ", "args.checkpointing)\n"),
-    "the first row": ("    if not table:\n", "run, 0, args))\n"),
+    "the start": ("    run, history, log = ", "args.checkpointing)\n"),
+    "the first row": ("    if not history:\n", "run, 0, args))\n"),
     "names of an iteration": ("        folder, seed, began = ", "time.time()\n"),
-    "sampling": ("        draw = ", "parts[t - 1], draw)\n"),  # not in sr_dpo.py
-    "batches, optimiser, schedule, checkpoint": ("        rng, size = ", "disable=None):\n"),
+    "sampling": ("        respond = ", "parts[t - 1], respond)\n"),  # not in sr_dpo.py
+    "batches, optimiser, schedule, checkpoint": ("        rng, size = ", 'desc="training"):\n'),
     "micro-batches": ("            for micro in ", "args.micro_tokens):\n"),
     "backward": ("                (loss.sum()", "(logps - ref_logps).detach())\n"),
     "the step": ("            grad_norm = ", '"rejected_log_ratio": log_ratio[-1].item()}\n'),
     "a step is done": ("            steps.append(row)", "        checkpoint.save(steps, now=True)"),
     "evaluation": ("        metrics = evaluate(", "args)"),
-    "late steps": ("        late = ", "of the last quarter of the steps\n"),
-    "the end": ("    best = max(", "    return table\n"),
+    "late steps": ("        metrics |= last_quarter(", '"rejected_log_ratio"'),
+    "the end": ("    best = max(", "    return history\n"),
 }
 
 
@@ -69,7 +69,8 @@ def test_a_script_has_few_flags_reads_them_all_and_takes_few_names_from_common(s
     for model, recipe in SCRIPTS[script].RECIPES.items():  # name flags and models that exist, and values in range
         assert set(recipe) <= set(flags) and (model in common.MODELS or model == "other")
         numbers = ((name, value) for name, value in recipe.items() if not isinstance(value, str))
-        assert all(low <= value <= high for name, value in numbers for low, high in [common.LIMITS.get(name, (0, 1e9))])
+        limits = {field.name: field.metadata for field in dataclasses.fields(SCRIPTS[script].Args)}
+        assert all(limits[name]["low"] <= value <= limits[name]["high"] for name, value in numbers)
 
 
 def test_the_parts_of_a_script_come_in_the_same_order():
