@@ -2,13 +2,13 @@
 
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 244  generate: K samples per prompt, from a KV cache whose rows are refilled
-    3. Optimiser                   94  SplitMaster: RMSprop for bf16 weights with an exact float32 master
+    3. Optimiser                   90  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     304  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
     5. Data and chat templates    308  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     201  load, check, save; the built-in `tiny`
-    7. Several GPUs, files        131  data parallel under torchrun; files that survive a kill
+    7. Several GPUs, files        136  data parallel under torchrun; files that survive a kill
     8. Evaluation                  57  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   325  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   342  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -24,9 +24,11 @@ import http.client
 import importlib.metadata
 import json
 import os
+import platform
 import random
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -40,6 +42,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy
+import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -56,28 +59,25 @@ except ImportError:
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which of this machine's GPUs
-progress = partial(tqdm, leave=False, disable=True if RANK else None)  # None: only in a terminal
+progress = partial(tqdm, leave=False, disable=True if RANK else None)  # None: show it only in a terminal
 
 
-class LazyModule:
-    """A module that is imported at its first use: transformers takes seconds, and a typo in a flag should not."""
+class LazyTransformers:
+    """Imports transformers at its first use: it takes seconds, and a typo in a flag should not."""
 
-    def __init__(self, name):
-        self.name = name
-
-    def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
+    def __getattr__(self, name):
+        return getattr(importlib.import_module("transformers"), name)
 
 
-transformers, tokenizers = LazyModule("transformers"), LazyModule("tokenizers")
+transformers = LazyTransformers()
 
 
 class UserError(Exception):
-    """What the user can mend: the message says what is wrong and what to do. `cli` prints it in one line."""
+    """An error that the user can fix: the message names the fault and the remedy. `cli` prints it as one line."""
 
 
 class Refused(ValueError):
-    """Why a row of data cannot be used; such rows are left out and counted by this text."""
+    """The reason why a row of data cannot be used. Such rows are skipped and counted by reason."""
 
 
 def require(condition, message):
@@ -569,14 +569,14 @@ def split_master(master):
 
 
 class SplitMaster(torch.optim.Optimizer):
-    """RMSprop for bf16 parameters, on an exact float32 master that takes two more bytes per parameter.
+    """RMSprop for bf16 weights with an exact float32 master, which copy.deepcopy and the model's state_dict lose.
 
-    The spacing of bf16 at 0.02 is 1.2e-4, so an update of 5e-7 would vanish. Here each parameter p is the rounded high
-    half of its master, and p.master_remainder (int16) is the rest. It stays with p when the optimiser is gone. This
-    class's state_dict and load_state_dict include the remainders; copy.deepcopy(p) loses them. The moment is bf16 and
-    rounded stochastically, so that its mean is exact: rounded to nearest, it would stop falling where 1 - alpha is
-    below the spacing of bf16. All of this takes 8 bytes per parameter, gradient included. Raises ValueError for
-    parameters that are not bf16 or not contiguous.
+    To save and restore the master, use this class's state_dict() and load_state_dict(). The spacing of bf16 at
+    0.02 is 1.2e-4, so an update of 5e-7 would vanish. Here each parameter p is the rounded high half of its master, and
+    p.master_remainder (int16) is the low half, which stays with p when the optimiser is gone. The moment is bf16 and
+    rounded stochastically, so its mean is exact: rounded to nearest, it would stop falling where 1 - alpha is below the
+    spacing of bf16. All of this takes 8 bytes per parameter, gradient included. Each parameter group has its own lr,
+    alpha and eps. Raises ValueError for parameters that are not bf16 or not contiguous.
     """
 
     def __init__(self, params, lr, alpha=0.99, eps=1e-8):
@@ -631,18 +631,14 @@ def master_remainders(policy):
     return {name: p.master_remainder for name, p in policy.named_parameters() if hasattr(p, "master_remainder")}
 
 
-def linear_schedule(optimizer, warmup, steps):
-    """The learning rate rises linearly for `warmup` steps and falls linearly to 0 at `steps`."""
+def make_optimizer(policy, lr, warmup_ratio, steps):
+    """RMSprop (alpha 0.99, eps 1e-8) and its schedule, linear warmup and decay to 0: (optimizer, scheduler).
 
-    def share(step):
-        return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def make_optimizer(policy, lr):
-    """RMSprop with alpha 0.99 and eps 1e-8: SplitMaster for bf16 weights, torch's for float32."""
-    return (SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop)(policy.parameters(), lr)
+    bf16 weights get SplitMaster, float32 weights torch's RMSprop, which computes the same.
+    """
+    kind = SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop
+    optimizer = kind(policy.parameters(), lr, alpha=0.99, eps=1e-8)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
 
 
 # 4. Judges ------------------------------------------------------------------------------------------------------------
@@ -1473,24 +1469,29 @@ def join_ranks():
             torch.cuda.set_device(LOCAL_RANK)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def from_rank0(make):
-    """Call make() on rank 0 alone and return its value on all ranks."""
-    value = [None if RANK else make()]
+    """Call make() on rank 0 alone. All ranks return its value, or raise its exception."""
+    result = [None, None]  # the value, the exception
+    if not RANK:
+        try:
+            result[0] = make()
+        except Exception as error:  # without it, the other ranks would wait
+            result[1] = error
     if RANKS > 1:
-        dist.broadcast_object_list(value)
-    return value[0]
+        dist.broadcast_object_list(result)
+    if result[1]:
+        raise result[1]
+    return result[0]
 
 
-def gather_rows(hand):
+def gather_rows(own):
     """Reassemble, on every rank, a list of which each rank has the items [RANK::RANKS]."""
-    hands = [hand] * RANKS
+    parts = [own] * RANKS
     if RANKS > 1:
-        dist.all_gather_object(hands, hand)
-    return [hands[i % RANKS][i // RANKS] for i in range(sum(map(len, hands)))]
+        dist.all_gather_object(parts, own)
+    return [parts[i % RANKS][i // RANKS] for i in range(sum(map(len, parts)))]
 
 
 def split_over_ranks(make, rows):
@@ -1653,18 +1654,37 @@ def run_folder(args):
     return Path(args.resume or f"runs/{args.name}")
 
 
-def start_run(args, file):
-    """Create the run's folder, or open that of --resume: (folder, metrics of each finished iterate, tracker's log)."""
-    run = run_folder(args)
+def start_run(args, main):
+    """Create the run's folder, or open that of --resume: (folder, history, log).
+
+    history: the metrics of each finished iterate, the base model's first. log: what `tracker` returns. config.json gets
+    the flags and what else decides the result: the versions, the git commit, and which functions were replaced.
+    """
+    run, file = run_folder(args), Path(main.__code__.co_filename)
     if not args.resume:
-        names = "torch", "transformers", "datasets"
-        versions = {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
-        write_json(run / "config.json", {**vars(args), "script": Path(file).stem, "versions": versions})
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
+        git = ["git", "-C", file.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):  # git is not installed
+            versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        versions["python"] = platform.python_version()
+        facts = {"script": file.stem, "replaced": replaced_functions(main), "versions": versions}
+        write_json(run / "config.json", vars(args) | facts)
     config, path = load_config(args.model)
     starts = [file.open("rb").read(2**20).hex() for file in sorted(Path(path).glob("*.safetensors"))]
     theirs = config.to_json_string(), getattr(config, "_commit_hash", None), starts
     check_fingerprint(args, f"--model {args.model}", theirs)
     return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
+
+
+def replaced_functions(main):
+    """Functions of main's script and of this file that were replaced by somebody's own, as in README's example."""
+    script, found = main.__globals__, set()
+    for module, file in ((script, main.__code__.co_filename), (globals(), __file__)):
+        text = Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""  # a notebook has none
+        for name in re.findall(r"^def (\w+)", text, re.M):
+            held = [space[name] for space in (script, globals()) if name in space]
+            found |= {name for x in held if getattr(x, "__module__", "") != module["__name__"]}
+    return sorted(found)
 
 
 def split_prompts(policy, tokenizer, args):
@@ -1789,25 +1809,17 @@ def tracker(args, run):
     """Return log(kind, values, samples=()), which sends numbers and [prompt, response] samples to --track."""
     if RANK or not args.track:
         return lambda *_: None
-    board = args.track == "tensorboard"
     try:
-        module = importlib.import_module("torch.utils.tensorboard" if board else args.track)
+        module = importlib.import_module(args.track)
     except ImportError as error:
         raise UserError(f"--track {args.track}: it is not installed; pip install {args.track}") from error
-    same = {"id": run.name} if args.track == "wandb" else {}  # trackio goes by the name
-    settings = {"project": "general-preferences", "name": run.name, "config": vars(args), "resume": "allow", **same}
-    writer = module.SummaryWriter(run / "tensorboard") if board else module.init(**settings)
+    same = {"id": run.name} if args.track == "wandb" else {}  # trackio resumes by name
+    module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
 
     def log(kind, values, samples=()):
         numbers = {f"{kind}/{name}": x for name, x in values.items() if isinstance(x, (int, float))}
-        if not board:
-            table = {"samples": module.Table(columns=["prompt", "response"], data=samples)} if samples else {}
-            return module.log(numbers | table, step=values["step"])
-        for name, x in numbers.items():
-            writer.add_scalar(name, x, values["step"])
-        for n, texts in enumerate(samples):
-            writer.add_text(f"sample {n}", "\n\n".join(texts), values["step"])
-        writer.flush()
+        table = {"samples": module.Table(columns=["prompt", "response"], data=samples)} if samples else {}
+        module.log(numbers | table, step=values["step"])
 
     return log
 
@@ -1877,8 +1889,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Print the script's docstring as it is written, and every flag with its default."""
 
 
-def parse_flags(script, args_class, recipes, description, argv):
+def parse_flags(main, args_class, recipes, description, argv):
     """Parse and check the flags. The defaults come from recipes[--model], or from the run to --resume."""
+    script = Path(main.__code__.co_filename).stem
 
     def fail(message):
         raise UserError(message)
@@ -1898,6 +1911,9 @@ def parse_flags(script, args_class, recipes, description, argv):
         saved = read_config(preview.resume)
         other = f"a run of {saved['script']}.py; resume it with python {saved['script']}.py"
         require(saved["script"] == script, f"--resume {preview.resume}: {other}")
+        own, theirs = (", ".join(names) or "none" for names in (replaced_functions(main), saved.get("replaced", [])))
+        other = f"begun with other functions replaced ({theirs}) than now ({own}); resume it by the file that began it"
+        require(own == theirs, f"--resume {preview.resume}: {other}")
         argv = [f"--{name}={saved[name]}" for name in vars(preview) if name in saved] + argv
     flags, unknown = parser.parse_known_args(argv)
     for word in unknown[:1]:
@@ -1933,18 +1949,20 @@ def cli(main, args_class, recipes, description, argv=None):
     A UserError or an OSError, such as a full disk, becomes one line and exit code 2; Ctrl-C becomes exit code 130. This
     is the only function that reads sys.argv, writes to stderr or exits.
     """
-    script, run = Path(main.__code__.co_filename).stem, None
+    program, run = Path(sys.argv[0]).name, None  # the file that was run: sppo.py, or mine.py that imports it
     with contextlib.suppress(AttributeError):  # so that `| tee` shows a line when it is printed
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         join_ranks()
-        args = parse_flags(script, args_class, recipes, description, sys.argv[1:] if argv is None else argv)
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        args = parse_flags(main, args_class, recipes, description, sys.argv[1:] if argv is None else argv)
         run = run_folder(args)
         transformers.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
         where = args.device + f", {RANKS} ranks" * (RANKS > 1)
-        print(f"{script} on {args.model}, judge {args.judge or 'none'}, seed {args.seed}, on {where}")
+        print(f"{program} on {args.model}, judge {args.judge or 'none'}, seed {args.seed}, on {where}")
         if args.model == "tiny":
             torch.set_num_threads(1)  # so small a model gains nothing from more, and on a busy machine they wait
         try:
@@ -1964,10 +1982,10 @@ def cli(main, args_class, recipes, description, argv=None):
             dist.destroy_process_group()
     except KeyboardInterrupt:
         further = f"; go on with --resume {run}" if run and list(run.glob("iter_*")) else ""
-        print(f"\n{script}.py: interrupted{further}", file=sys.stderr)
+        print(f"\n{program}: interrupted{further}", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         if run or not RANK:  # all ranks find the same faults in the flags
             who = f"rank {RANK}: " * (RANKS > 1)
-            print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{program}: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -52,7 +52,6 @@ from common import (
     finish_run,
     flag,
     last_quarter,
-    linear_schedule,
     load_judge,
     load_policy,
     make_optimizer,
@@ -120,7 +119,7 @@ class Args:
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
-    track: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "Send metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Send metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
@@ -263,17 +262,18 @@ def with_replay(pairs, earlier, share, rng):
 
 def main(args):
     """Run DNO; returns the metrics of every iterate, the start first."""
-    run, history, log = start_run(args, __file__)  # history: a row per finished iterate; --resume has some
+    run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
+    # A row has "prompt" (messages) and "prompt_ids"; parts[t - 1] are the training rows of iteration t.
     parts, held_out = split_prompts(policy, tokenizer, args)
     if not history:
         finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
 
     for t in range(len(history), args.iterations + 1):  # Alg. 2, line 2
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
-        # Alg. 2, line 4: K responses to each prompt from pi_t. Rows that are in the file already are kept.
+        # Alg. 2, line 4: K responses {"text", "ids", "finished"} to each prompt from pi_t. What the file has is kept.
         respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
         rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
         if args.gold:  # Alg. 2, line 3: the teacher's response
@@ -294,16 +294,15 @@ def main(args):
 
         # Alg. 2, line 7
         rng, size = random.Random(seed), args.batch_size
-        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
+        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
-        optimizer = make_optimizer(policy, args.learning_rate)
-        scheduler = linear_schedule(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, len(batches))  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
-        steps = checkpoint.load()  # [], unless the run was killed here
+        steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
         for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios = [], []
-            for micro in micro_batches(policy, batch, args.micro_tokens):
+            for micro in micro_batches(policy, batch, args.micro_tokens):  # this GPU's share, cut to fit memory
                 logps = pair_logps(policy, micro)  # (pairs, 2), as the two below
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)
                 win_rate = torch.tensor([pair["win_rate"] for pair in micro], device=policy.device)
@@ -315,13 +314,13 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
-            losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # over all GPUs; gradients, too
+            losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # of all GPUs; it sums gradients, too
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            log_ratio = log_ratios.mean(0)  # (responses,), best first
+            log_ratio = log_ratios.mean(0)  # (responses,), the best first
             row |= {"loss": losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
             steps.append(row)

@@ -42,7 +42,6 @@ from common import (
     finish_run,
     flag,
     last_quarter,
-    linear_schedule,
     load_judge,
     load_pairs,
     load_policy,
@@ -104,7 +103,7 @@ class Args:
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
-    track: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "Send metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Send metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
@@ -138,7 +137,7 @@ RECIPES["other"] = ULTRA
 
 
 def refinement(chosen_logps_p, rejected_logps_p, ref_chosen_logps_p, ref_rejected_logps_p, beta):
-    """Delta, eq. 12 of arXiv 2405.21040: the pair's margin as the policy sees it behind p + x, times beta.
+    """Delta, eq. 12 of arXiv 2405.21040: beta times the pair's margin when the policy is prompted with p + x.
 
     All (B,): log pi(y|p + x) of the policy and of the reference, nats, summed over the response's tokens. Returns (B,),
     without gradient, antisymmetric in the two responses.
@@ -220,35 +219,38 @@ def refine(prompt, p):
 def make_pairs(policy, tokenizer, pairs, args):
     """Rows with "prompt_ids" of x, "refined_ids" of p + x and "responses" [y+, y-], of load_pairs.
 
-    A response over --max_new_tokens keeps its start. Pairs that are too long, or equal when cut, are left out.
+    A response over --max_new_tokens keeps its start. Pairs that are too long, or equal once truncated, are skipped.
     """
     p = REFINE_PROMPTS.get(args.refine_prompt, args.refine_prompt)
     print(f"p: {p!r}")
     rows = encode_rows(policy, tokenizer, pairs, args, "--pairs", ["chosen", "rejected"])
-    rows = encode_rows(policy, tokenizer, rows, args, "--pairs behind p", change=lambda prompt: refine(prompt, p))
-    for row in rows:
-        row["responses"] = [row.pop("chosen"), row.pop("rejected")]
+    rows = encode_rows(policy, tokenizer, rows, args, "--pairs with p", change=lambda prompt: refine(prompt, p))
+    names = "prompt", "prompt_ids", "refined_ids", "gap"
+    rows = [
+        {**{name: row[name] for name in names if name in row}, "responses": [row["chosen"], row["rejected"]]}
+        for row in rows
+    ]
     cut = sum(not y["finished"] for row in rows for y in row["responses"])
     kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
     if cut:
-        print(f"--pairs: {cut} of {2 * len(rows)} responses are cut by --max_new_tokens {args.max_new_tokens}")
+        print(f"--pairs: {cut} of {2 * len(rows)} responses are truncated at --max_new_tokens {args.max_new_tokens}")
     if len(kept) < len(rows):
-        print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} left out: their responses are equal when cut")
+        print(f"--pairs: {len(rows) - len(kept)} of {len(rows)} skipped: their truncated responses are equal")
     require(kept, f"--pairs {args.pairs}: none is left; raise --max_new_tokens")
     return kept
 
 
 def add_both(policy, pairs, name, args):
-    """`pairs` with add_logps behind x as `name`, and behind p + x as `name`_p."""
+    """The pairs with the log-probs of their responses given x, as `name`, and given p + x, as `name`_p."""
     pairs = add_logps(policy, pairs, name, args.micro_tokens)
     return add_logps(policy, pairs, f"{name}_p", args.micro_tokens, "refined_ids")
 
 
 def measure(policy, pairs, args):
-    """The paper's measures on held-out pairs, relative to the start.
+    """The paper's measures on held-out pairs, relative to the base model.
 
-    These are the mean margin ("marginal") and the accuracy, both also behind p, and how the margin rises with "gap",
-    where that is known and varies.
+    These are the mean margin ("marginal") and the accuracy, both also given p + x ("_p"), and the correlation of the
+    margin with "gap", the difference of the responses' scores, where the data has scores.
     """
     import pandas  # takes half a second
 
@@ -269,7 +271,7 @@ def measure(policy, pairs, args):
 
 def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
-    run, history, log = start_run(args, __file__)  # history: a row per finished iterate; --resume has some
+    run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args) if args.judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
@@ -289,16 +291,15 @@ def main(args):
         # Alg. 1 or 2: eq. 13 or 15, with Delta from the policy of each step
         loss_of, beta = (sr_dpo_loss, args.beta) if args.loss == "sr_dpo" else (sr_ipo_loss, args.beta_ipo)
         rng, size = random.Random(seed), args.batch_size
-        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # each in an order of its own
+        epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
-        optimizer = make_optimizer(policy, args.learning_rate)
-        scheduler = linear_schedule(optimizer, int(args.warmup_ratio * len(batches)), len(batches))
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, len(batches))  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
-        steps = checkpoint.load()  # [], unless the run was killed here
+        steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
         for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios, deltas = [], [], []
-            for micro in micro_batches(policy, batch, args.micro_tokens):
+            for micro in micro_batches(policy, batch, args.micro_tokens):  # this GPU's share, cut to fit memory
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)  # (pairs, 2)
                 ref_logps_p = torch.tensor([pair["ref_logps_p"] for pair in micro], device=policy.device)
                 delta = torch.zeros(len(micro), device=policy.device)
@@ -312,15 +313,14 @@ def main(args):
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
                 deltas.append(delta)
-            losses, log_ratios, deltas = sum_over_ranks(
-                policy, losses, log_ratios, deltas
-            )  # over all GPUs; gradients, too
+            # Of all GPUs; it sums gradients, too.
+            losses, log_ratios, deltas = sum_over_ranks(policy, losses, log_ratios, deltas)
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            log_ratio = log_ratios.mean(0)  # (responses,), best first
+            log_ratio = log_ratios.mean(0)  # (responses,), the best first
             row |= {"loss": losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {"chosen_log_ratio": log_ratio[0].item(), "rejected_log_ratio": log_ratio[-1].item()}
             row |= {"delta": deltas.mean().item()}

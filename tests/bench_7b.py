@@ -60,7 +60,7 @@ def main():
     print("sampling", *(f"{figure:,.1f} {name}" for name, figure in sampling.items()), sep="   ")
 
     common.use_checkpointing(policy)
-    optimizer, pairs = common.make_optimizer(policy, 5e-7), []
+    (optimizer, _), pairs = common.make_optimizer(policy, 5e-7, 0, 100), []
     for ids in torch.randint(32000, (args.pairs, 1056), generator=random).tolist():
         answers = [{"ids": ids[256:656]}, {"ids": ids[656:]}]
         pairs.append({"prompt_ids": ids[:256], "responses": answers, "win_rate": [0.8, 0.2]})

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -198,19 +199,18 @@ def test_dry_run_says_what_it_takes_and_writes_nothing(workdir, capsys):
 # Tracking ------------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_has_the_loss_of_each_step_metrics_and_samples(workdir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    cli(sppo, *SMALL, "--name", "x", "--track", "tensorboard")
-    events = EventAccumulator(str(workdir / "runs/x/tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    steps = lines(workdir / "runs/x/iter_1/steps.jsonl")
-    logged = events.Scalars("train/loss")
-    assert [event.step for event in logged] == [row["step"] for row in steps]
-    assert [event.value for event in logged] == pytest.approx([row["loss"] for row in steps])
-    assert len(events.Scalars("eval/exact_match")) == 2 and len(events.Scalars("train/chosen_log_ratio")) == len(steps)
-    samples = [tag for tag in events.Tags()["tensors"] if tag.startswith("sample")]
-    assert len(samples) == 8 and len(events.Tensors(samples[0])) == 2
+def test_a_tracker_gets_the_loss_of_each_step_metrics_and_samples(workdir, monkeypatch):
+    seen = []
+    trackio = SimpleNamespace(init=lambda **settings: seen.append(settings), Table=lambda columns, data: data)
+    trackio.log = lambda values, step: seen.append((step, values))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    cli(sppo, *SMALL, "--name", "x", "--track", "trackio")
+    steps, metrics = lines(workdir / "runs/x/iter_1/steps.jsonl"), lines(workdir / "runs/x/metrics.jsonl")
+    settings, start, *train, end = seen
+    assert settings["name"] == "x" and settings["config"]["k"] == 2
+    assert [(step, values["train/loss"]) for step, values in train] == [(row["step"], row["loss"]) for row in steps]
+    for (step, values), row in zip((start, end), metrics, strict=True):
+        assert (step, values["eval/exact_match"]) == (row["step"], row["exact_match"]) and len(values["samples"]) == 8
 
 
 def test_wandb_offline(workdir, monkeypatch):

@@ -39,8 +39,7 @@ def test_a_policy_comes_back_to_the_bit(tmp_path, tokenizer):
 
 def train(policy, file, minutes, until=6):
     """Go on from the checkpoint in `file` to step `until`: all numbers that the next step depends on."""
-    optimizer = common.make_optimizer(policy, 1e-4)
-    scheduler = hf.get_linear_schedule_with_warmup(optimizer, 1, 9)
+    optimizer, scheduler = common.make_optimizer(policy, 1e-4, 0.2, 9)
     checkpoint = common.Checkpoint(file, policy, optimizer, scheduler, minutes)
     steps = checkpoint.load()
     while len(steps) < until:

@@ -97,7 +97,7 @@ def test_each_element_parameter_and_step_is_rounded_anew_and_without_bias(slices
 
 
 def test_bf16_weights_take_8_bytes_with_their_gradient_and_float32_ones_torchs_optimiser():
-    assert type(make_optimizer(llama(), 1e-3)) is torch.optim.RMSprop
+    assert type(make_optimizer(llama(), 1e-3, 0.1, 10)[0]) is torch.optim.RMSprop
     with pytest.raises(ValueError, match="bf16"):
         SplitMaster(llama().parameters(), 0.1)
     first, *others = llama().bfloat16().parameters()
@@ -115,9 +115,9 @@ def test_sppo_in_bf16_as_on_a_gpu_keeps_the_master_between_iterations(workdir, m
         policy, tokenizer = load_policy(*args)
         return policy.bfloat16(), tokenizer
 
-    def spy(policy, lr):
+    def spy(policy, *rest):
         remainders.append({name: x.clone() for name, x in common.master_remainders(policy).items()})
-        return make_optimizer(policy, lr)
+        return make_optimizer(policy, *rest)
 
     remainders = []  # at the start of each iteration
     monkeypatch.setattr(sppo, "load_policy", in_bf16)

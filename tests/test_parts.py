@@ -55,14 +55,13 @@ def test_the_head_lists_the_sections_with_their_line_counts():
     assert listed == [(n, title, str(end - start)) for n, (title, start, end) in sections().items()]
 
 
-def test_only_cli_exits_and_only_it_and_the_ranks_touch_the_streams():
+def test_only_cli_exits_reads_the_command_line_and_touches_the_streams():
     found = set()
     for node in TREE.body:
         for x in ast.walk(node):
             if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id == "sys":
                 found |= {(name, x.attr) for name in names_of(node)}
-    streams = {("cli", name) for name in ("argv", "exit", "stdout", "stderr")} | {("join_ranks", "stdout")}
-    assert found == streams | {("start_run", "version")}
+    assert found == {("cli", name) for name in ("argv", "exit", "stdout", "stderr")}
     assert all("SystemExit" not in ast.dump(node) for node in TREE.body)
 
 

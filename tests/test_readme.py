@@ -116,6 +116,7 @@ def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
     prefs = scope["shorter"]([[]], [["a", "bbb", "c"]])
     assert prefs.tolist() == [[[0.5, 1.0, 0.5], [0.0, 0.5, 0.0], [0.5, 1.0, 0.5]]]
     said = capsys.readouterr().out
+    assert common.read_config("runs/x")["replaced"] == ["sppo_loss"]
     assert "characters" in said and "the best iterate is [1]: wins_vs_start" in said
     steps = common.read_jsonl(workdir / "runs/x/iter_1/steps.jsonl")
     assert steps[0]["loss"] < 5  # eta |P - 1/2|, at most 10 / 2, at the start; eq. 4.7 has its square

@@ -28,7 +28,7 @@ BLOCKS = {  # of main: name -> (first words, last words)
     "names of an iteration": ("        folder, seed, began = ", "time.time()\n"),
     "sampling": ("        respond = ", "parts[t - 1], respond)\n"),  # not in sr_dpo.py
     "batches, optimiser, schedule, checkpoint": ("        rng, size = ", 'desc="training"):\n'),
-    "micro-batches": ("            for micro in ", "args.micro_tokens):\n"),
+    "micro-batches": ("            for micro in ", "cut to fit memory\n"),
     "backward": ("                (loss.sum()", "(logps - ref_logps).detach())\n"),
     "the step": ("            grad_norm = ", '"rejected_log_ratio": log_ratio[-1].item()}\n'),
     "a step is done": ("            steps.append(row)", "        checkpoint.save(steps, now=True)"),
