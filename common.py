@@ -3,12 +3,12 @@
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 244  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   90  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     304  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
+    4. Judges                     305  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
     5. Data and chat templates    308  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     201  load, check, save; the built-in `tiny`
     7. Several GPUs, files        136  data parallel under torchrun; files that survive a kill
-    8. Evaluation                  57  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   342  runs/NAME; flags; "does it fit?"; errors in one line
+    8. Evaluation                  82  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
+    9. Run folder, command line   348  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -41,7 +41,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -933,13 +932,14 @@ JUDGES = {
 }
 
 
-def load_judge(args):
-    """The judge named by --judge, a key of JUDGES or the folder or hub id of a PairRM, after one trial question."""
+def load_judge(args, flag="judge"):
+    """The judge named by this flag, a key of JUDGES or the folder or hub id of a PairRM, after one trial question."""
+    name = getattr(args, flag)
     try:
-        judge = JUDGES[args.judge](args) if args.judge in JUDGES else PairRM(args.judge, args.device)
+        judge = JUDGES[name](args) if name in JUDGES else PairRM(name, args.device)
     except UserError as error:
-        others = f"; or one of {', '.join(JUDGES)}" if args.judge not in JUDGES else ""
-        raise UserError(f"--judge {error}{others}") from error
+        others = f"; or one of {', '.join(JUDGES)}" if name not in JUDGES else ""
+        raise UserError(f"--{flag} {error}{others}") from error
     hello = [{"role": "user", "content": "Hi!"}]
     preferences(judge, [{"prompt": hello, "responses": [{"text": y, "finished": True} for y in "ab"]}])
     return judge
@@ -1593,9 +1593,10 @@ def read_or_make(path, items, make, chunk=1024):
 # 8. Evaluation --------------------------------------------------------------------------------------------------------
 
 
-def evaluate(policy, tokenizer, judge, held_out, run, t, args):
+def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     """Metrics of iterate t: its answers to the held-out prompts, judged against those of all earlier iterates.
 
+    judges: those of --judge and --eval_judge, each may be None; metrics of the latter have the prefix "eval_judge_".
     The answers go to iter_T/answers.jsonl and, in the format of the alpaca_eval package, to iter_T/outputs.json. With
     --eval_prompts, outputs.json has the answers to these instead, in their order.
     """
@@ -1612,23 +1613,39 @@ def evaluate(policy, tokenizer, judge, held_out, run, t, args):
     rows = add_logps(policy, [row for row in rows if "benchmark" not in row], "logps", args.micro_tokens)
     write_jsonl(folder / "answers.jsonl", rows)
 
-    prompts, ys = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
-    metrics = judge.metrics(prompts, [[y["text"]] for y in ys]) if hasattr(judge, "metrics") else {}
+    prompts, ys, metrics = [row["prompt"] for row in rows], [row["responses"][0] for row in rows], {}
+    for prefix, judge in zip(("", "eval_judge_"), judges, strict=True):
+        found = judge.metrics(prompts, [[y["text"]] for y in ys]) if hasattr(judge, "metrics") else {}
+        found |= win_metrics(judge, rows, earlier) if judge and earlier else {}
+        metrics |= {prefix + name: x for name, x in found.items()}
     metrics |= {"tokens": sum(len(y["ids"]) for y in ys) / len(ys)}
     metrics |= {"truncated": sum(not y["finished"] for y in ys) / len(ys)}
-    if judge and earlier:
-        answers = [[row["responses"][0] for row in same] for same in zip(*earlier, rows, strict=True)]  # oldest first
-        duels = [{"prompt": prompt, "responses": some} for prompt, some in zip(prompts, answers, strict=True)]
-        wins = torch.tensor(split_over_ranks(lambda some: preferences(judge, some)[:, -1, :-1].tolist(), duels))
-        lengths = torch.tensor([[len(y["ids"]) for y in some] for some in answers])  # (B, t + 1); wins: (B, t)
-        metrics |= {"wins_vs_start": wins[:, 0].mean().item(), "se": (wins[:, 0].std() / len(wins) ** 0.5).item()}
-        metrics |= {"wins_at_equal_length": equal_length_win_rate(wins[:, 0], lengths[:, -1], lengths[:, 0])}
-        metrics |= {"wins_vs_each": wins.mean(0).tolist()}
     if earlier:
         before = add_logps(policy, earlier[-1], "now", args.micro_tokens)
         gaps = [row["logps"][0] - row["now"][0] for row in before]
-        metrics["kl"] = sum(gaps) / len(gaps)  # KL(before || now), estimated on samples of the former
+        # On samples of the previous iterate log(before / now) has the mean KL(before || now), but only on plain ones.
+        metrics["kl" if args.temperature == args.top_p == 1 else "logp_drop"] = sum(gaps) / len(gaps)
     return metrics
+
+
+def win_metrics(judge, rows, earlier):
+    """Win rates of the answers in `rows` against those of each earlier iterate, the base model's first.
+
+    wins_vs_start and se: against the base model, with the standard error over prompts; wins_at_equal_length and its se:
+    equal_length_win_rate; length_ratio: the mean of tokens / the base model's tokens; wins_vs_each: against each.
+    """
+    duels = [
+        {"prompt": new["prompt"], "responses": new["responses"] + old["responses"]}
+        for olds in earlier
+        for new, old in zip(rows, olds, strict=True)
+    ]
+    wins = split_over_ranks(lambda some: preferences(judge, some)[:, 0, 1].tolist(), duels)
+    wins = torch.tensor(wins, dtype=torch.float64).view(len(earlier), len(rows))
+    lengths, others = (torch.tensor([len(row["responses"][0]["ids"]) for row in some]) for some in (rows, earlier[0]))
+    equal, equal_se = equal_length_win_rate(wins[0], lengths, others)
+    metrics = {"wins_vs_start": wins[0].mean().item(), "se": (wins[0].std() / len(rows) ** 0.5).item()}
+    metrics |= {"wins_at_equal_length": equal, "equal_length_se": equal_se}
+    return metrics | {"length_ratio": (lengths / others).mean().item(), "wins_vs_each": wins.mean(1).tolist()}
 
 
 def last_quarter(steps, *names):
@@ -1638,13 +1655,21 @@ def last_quarter(steps, *names):
 
 
 def equal_length_win_rate(wins, lengths, other_lengths):
-    """The win rate at equal length, as judges like length: all (B,) -> a number in [0, 1].
+    """The win rate at equal length and its standard error, as judges like length: all (B,) -> two floats.
 
-    It is the intercept of the least-squares line through `wins` over (length - other) / (length + other).
+    A logistic fit of `wins` on d = (length - other) / (length + other), taken at d = 0. This is not AlpacaEval's
+    length-controlled win rate, whose fit also has a term for the difficulty of each prompt.
     """
     difference = (lengths.double() - other_lengths) / (lengths + other_lengths)
-    line = numpy.stack([numpy.ones(len(wins)), difference.numpy()], 1)
-    return float(numpy.linalg.lstsq(line, wins.numpy(), rcond=None)[0][0].clip(0, 1))
+    x, wins = torch.stack([torch.ones_like(difference), difference], 1), wins.double()
+    weights, ridge = x.new_zeros(2), 1e-6 * torch.eye(2, dtype=x.dtype)  # ridge: all lengths may be equal
+    for _ in range(5):  # Newton steps
+        p = (x @ weights).sigmoid()
+        inverse = torch.linalg.inv(x.T @ (x * (p * (1 - p))[:, None]) + ridge)
+        weights = weights + inverse @ x.T @ (wins - p)
+    p, score = weights[0].sigmoid(), x * (wins - (x @ weights).sigmoid())[:, None]
+    variance = (inverse @ score.T @ score @ inverse)[0, 0]  # of weights[0]; wins need not be 0 or 1
+    return p.item(), (p * (1 - p) * variance.sqrt()).item()
 
 
 # 9. Run folder, command line ------------------------------------------------------------------------------------------
@@ -1681,7 +1706,7 @@ def replaced_functions(main):
     script, found = main.__globals__, set()
     for module, file in ((script, main.__code__.co_filename), (globals(), __file__)):
         text = Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""  # a notebook has none
-        for name in re.findall(r"^def (\w+)", text, re.M):
+        for name in re.findall(r"(?<!@jit\n)^def (\w+)", text, re.M):  # Triton wraps its kernels
             held = [space[name] for space in (script, globals()) if name in space]
             found |= {name for x in held if getattr(x, "__module__", "") != module["__name__"]}
     return sorted(found)
@@ -1788,15 +1813,21 @@ def finish_iterate(run, history, log, metrics, policy=None, tokenizer=None, step
     log("eval", history[-1], [[row["instruction"], row["output"]] for row in outputs])
 
 
-def finish_run(run, history, best):
-    """Point runs/NAME/final and outputs.json to the iterate `best`, and print how far it came."""
+def finish_run(run, history):
+    """Point runs/NAME/final and outputs.json to the best iterate on held-out prompts, unless that is the base model."""
     remedy = "raise --k, --temperature or --max_new_tokens, in dno.py lower --margin or --min_score"
     require(len(history) > 1, f"no training pairs: all responses tied or the margins were too small; {remedy}")
     if RANK:
         return
-    final, t = run / "final", best["iterate"]
+    final, best = run / "final", max(history[1:], key=lambda row: row.get("wins_vs_start", 1))  # 1: without a judge
+    t, wins = best["iterate"], best.get("wins_vs_start", 1)
     require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
     final.unlink(missing_ok=True)
+    if wins <= 0.5:
+        print(
+            f"no iterate beats the base model, wins_vs_start is at best {wins:.3g}: no {final}; lower --learning_rate"
+        )
+        return
     final.symlink_to(f"iter_{t}/policy", target_is_directory=True)
     shutil.copy(run / f"iter_{t}/outputs.json", run)
     first = {"wins_vs_start": 0.5, **history[0]}

@@ -12,21 +12,26 @@ pi_t exp(r_t / eta), eq. 9.
 It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
 
 Where this file departs from the paper, or fills what it leaves open:
- 1. A truncated response loses to any finished one, whatever the judge says. The paper does not mention truncation; it
-    makes responses that repeat themselves automatic negatives, which is left to the judge here.
- 2. Candidates are shown to --judge llm in random order; the paper does not say in which. Other judges give preferences:
-    scores are then win rates, and the values of --min_score and --margin for them are ours. RECIPES has PairRM, which
-    runs on the same GPU; --judge llm is the paper's kind.
+ 1. A truncated response loses to any finished one, whatever the judge says. So does a sample with many repeated
+    n-grams, as in section 5.1; the threshold, in `repeats`, is ours.
+ 2. --judge llm grades all candidates side by side, as in section 5.1, but in random order and by a RUBRIC of ours; the
+    paper's prompt is its figure 3. Other judges, like PairRM in RECIPES, give preferences: scores are then win rates,
+    and the values of --min_score and --margin for them are ours.
  3. The learning rate is 5e-7 for real models. The paper prints 5e-5, a hundred times the usual rate of full DPO
     fine-tuning at 7B. The optimiser is sppo.py's RMSprop.
  4. --sft_alpha adds -alpha log pi(y+|x), summed over tokens; the paper names alpha = 0.005 and does not define it.
  5. Replay: the 30 % of iteration t - 1, 15 % of t - 2, ... are shares of all pairs that iteration t trains on. Their
     reference is pi_t; their preferences stay those of their own iteration.
- 6. r_t(y), by eq. 9 the mean preference over pi_t's answers, is that over the other candidates, the teacher's included.
-    --variant exact also keeps the teacher, replay and the best iterate where Algorithm 1 has none, none and the mixture
-    of all iterates: --gold '' --replay 0 comes closest to it.
- 7. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
+ 6. --variant exact keeps Algorithm 2's estimate of r_t(y), the mean preference over the other candidates, and its
+    teacher, replay and best iterate. Algorithm 1 has the mean over pi_t's answers, no teacher, no replay, and the
+    mixture of all iterates: --gold '' --replay 0 comes closest to it.
+ 7. The paper has a GPT-4-Turbo answer to every prompt (section 5.1). openbmb/UltraFeedback has one of GPT-4 to about a
+    quarter of its prompts, and only these are used; the run prints how many. Lengths of 512 + 1024 tokens are ours.
+ 8. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
+--tau is appendix A's regularised game, Algorithm 3 with option I (win rates against pi_t); option II also samples from
+the smoothed policy. In three iterations it changes little. A line away are INPO (a squared loss on this reference),
+COMAL (the same, pi_ref moves), online IPO (a squared loss, pi_ref alone) and REBEL (a squared loss, pi_t alone).
 eta multiplies the log-ratio here (DPO's beta), so at the optimum it divides the preference; SPPO's eta is its inverse.
 """
 
@@ -83,6 +88,7 @@ class Args:
     judge: str = flag("digits", "'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
     judge_url: str = flag("", "--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.", free=True)
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(1024, "Held-out prompts for evaluation, at most a quarter of all.", low=2)
     eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
@@ -94,11 +100,9 @@ class Args:
         "before student, unjudged; all: any margin; exact: Algorithm 1's loss, on all pairs.",
     )
     eta: float = flag(2.0, "DPO's beta: the higher, the closer to pi_t.", low=1e-6)
+    tau: float = flag(0.0, "Regularises towards the base model, appendix A: at most --eta; 0: the plain game.")
     min_score: float = flag(0.0, "Minimum score of y+. 0: 5 points with --judge llm, else a win rate of 0.5.")
-    margin: float = flag(
-        0.0,
-        "Minimum margin of y+ over y-, halved if y+ is the student's. 0: 2 points, else a win rate of 0.3.",
-    )
+    margin: float = flag(0.0, "Minimum lead over y-, halved if y+ is the student's. 0: 2 points, or a win rate of 0.3.")
     replay: float = flag(0.3, "Maximum share of pairs from iteration t-1; half of it from t-2, ...", high=0.99)
     sft_alpha: float = flag(1.0, "Weight of -log pi(y+|x), added to the contrastive loss.")
     # sampling
@@ -126,10 +130,12 @@ class Args:
     def __post_init__(self):
         if not self.gold and self.variant in ("restrictive", "spin"):
             raise ValueError(f"--variant {self.variant}: its pairs are won by a teacher; give --gold")
+        if self.tau > self.eta:
+            raise ValueError(f"--tau {self.tau}: must be at most --eta {self.eta}")
 
 
-# arXiv 2404.03715, section 5, where the judge is GPT-4-Turbo (--judge llm) and the start Orca-2.5. K, 3 iterations, one
-# epoch and the batch are the defaults; learning rate: departure 3; it falls later there, by how much is not said.
+# arXiv 2404.03715, section 5.1, where the judge is GPT-4-Turbo (--judge llm), the base model Orca-2.5. K, iterations,
+# epochs and the batch are the defaults. In later iterations the paper lowers its rate, it does not say by how much.
 PAPER = {
     "prompts": "openbmb/UltraFeedback",
     "gold": "openbmb/UltraFeedback",
@@ -203,11 +209,26 @@ def win_rates(prefs):
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
+def repeats(ids, n=4):
+    """Whether a response repeats itself: more than half of its n-grams of tokens occur in it before.
+
+    >>> repeats([1, 2, 3] * 20), repeats(range(60))
+    (True, False)
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(grams) >= 20 and len(set(grams)) < len(grams) / 2
+
+
 def rank_responses(judge, rows, args):
     """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others and, by a judge of points, "points".
 
-    A truncated response gets 0 points. With --variant spin the teacher wins and nobody is asked.
+    A truncated response, or one that repeats itself, loses to all others and gets 0 points. With --variant spin the
+    teacher wins and the judge is not asked.
     """
+    rows = [
+        {**row, "responses": [{**y, "finished": y["finished"] and not repeats(y["ids"])} for y in row["responses"]]}
+        for row in rows
+    ]
     if args.variant == "spin":
         return [{"win_rate": [float("teacher" in y and y["finished"]) for y in row["responses"]]} for row in rows]
     ranked = [{"win_rate": wins} for wins in win_rates(preferences(judge, rows)).tolist()]
@@ -257,6 +278,14 @@ def with_replay(pairs, earlier, share, rng):
     return pairs + [row for rows, size in zip(earlier, sizes, strict=True) for row in rng.sample(rows, size)]
 
 
+def smooth_reference(pairs, args):
+    """The pairs with "ref_logps" of pi_t^(1 - tau/eta) pi_ref^(tau/eta), eq. 14, pi_ref being the base model."""
+    base, _ = load_policy(args.model, args.device)
+    share, pairs = args.tau / args.eta, add_logps(base, pairs, "base_logps", args.micro_tokens)
+    mixed = [torch.tensor(p["ref_logps"]).lerp(torch.tensor(p["base_logps"]), share).tolist() for p in pairs]  # eq. 14
+    return [{**pair, "ref_logps": ref_logps} for pair, ref_logps in zip(pairs, mixed, strict=True)]
+
+
 # Main ----------------------------------------------------------------------------------------------------------------
 
 
@@ -264,12 +293,13 @@ def main(args):
     """Run DNO; returns the metrics of every iterate, the start first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
+    judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     # A row has "prompt" (messages) and "prompt_ids"; parts[t - 1] are the training rows of iteration t.
     parts, held_out = split_prompts(policy, tokenizer, args)
     if not history:
-        finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
+        finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 
     for t in range(len(history), args.iterations + 1):  # Alg. 2, line 2
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
@@ -279,9 +309,8 @@ def main(args):
         if args.gold:  # Alg. 2, line 3: the teacher's response
             rows = [{**row, "responses": [*row["responses"], row["gold"]]} for row in rows]
         # Alg. 2, line 5: rank all K + 1
-        ranked = read_or_make(
-            folder / "preferences.jsonl", rows, lambda some: rank_responses(judge, some, args), chunk=512
-        )
+        rank = partial(rank_responses, judge, args=args)
+        ranked = read_or_make(folder / "preferences.jsonl", rows, rank, chunk=512)
         # Alg. 2, line 6: pairs with a large margin
         pairs = make_pairs(rows, ranked, args)
         report_pairs(t, rows, pairs, began)
@@ -291,6 +320,8 @@ def main(args):
         pairs = with_replay(pairs, earlier, args.replay, random.Random(f"{args.seed} replay {t}"))
         # log pi_t(y|x), before the first update and before a checkpoint is loaded: the policy is still pi_t
         pairs = add_logps(policy, pairs, "ref_logps", args.micro_tokens)
+        if args.tau:  # Alg. 3, option I
+            pairs = smooth_reference(pairs, args)
 
         # Alg. 2, line 7
         rng, size = random.Random(seed), args.batch_size
@@ -329,16 +360,14 @@ def main(args):
         checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
-        metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args)
+        metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args)
         metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio")
         metrics |= {"pairs": len(pairs), "replayed": len(pairs) - new}
         metrics |= Counter(pair["kind"] for pair in pairs[:new])
         metrics |= {"seconds": time.time() - began}
         finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs[:new])
 
-    # Alg. 2, line 9: the best iterate on held-out prompts
-    best = max(history[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
-    finish_run(run, history, best)
+    finish_run(run, history)  # Alg. 2, line 9: the best of all iterates on held-out prompts, the base model included
     return history
 
 

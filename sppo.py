@@ -21,14 +21,18 @@ Where this file departs from the paper, and why:
     stochastically.
  6. A preference of exactly 0 or 1, as by rule 1, has no finite score: it counts as -14 or 14. Best and worst go by the
     mean of the scores, as the paper says, targets by the mean preference: where a judge is very sure, these may differ.
- 7. One epoch over the pairs of an iteration, as in the released scripts and model cards (num_train_epochs 1.0); the
-    paper's appendix says 18 (see uclaml/SPPO issue 10).
+ 7. `final` is the best iterate on held-out prompts, if it beats the base model. The paper reports all three iterates
+    and uses held-out prompts to choose hyperparameters (section 5.1); choosing an iterate is DNO's rule.
+ 8. With --log_z estimate, eq. 4.5's mean runs over the same K responses, each response's own included; the paper
+    speaks of new samples.
 Where the paper and its official code (uclaml/SPPO) differ otherwise, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
  b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
  c. gives each response one score, P = sigmoid(score_i - score_j), so that preferences cannot be cyclic: --preference
-    official. The paper's sigmoid(s(y, y')) may be; here s is the mean of both orders;
- d. gives PairRM the prompt in the policy's chat template; PairRM was trained on plain text, which is what it gets here.
+    official. The paper's sigmoid(s(y, y')) may be cyclic; here s is the mean of both orders;
+ d. gives PairRM the prompt in the policy's chat template. PairRM was trained on plain text, so it gets that here;
+ e. has a schedule of the one epoch that it trains: --schedule_epochs 1. The paper (section 5.1) trains the first epoch
+    of a schedule of 18, so its rate only rises, to 2.8e-7: --schedule_epochs 18, as in RECIPES.
 eta here multiplies the preference; DNO's eta divides it.
 """
 
@@ -80,6 +84,7 @@ class Args:
     judge: str = flag("digits", "'digits', 'pairrm' or its folder or hub id, 'llm', or a key of JUDGES.")
     judge_url: str = flag("", "--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.", free=True)
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(1024, "Held-out prompts for evaluation, at most a quarter of all.", low=2)
     eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
@@ -98,6 +103,7 @@ class Args:
     learning_rate: float = flag(2e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
     warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
     epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
+    schedule_epochs: int = flag(0, "Epochs that warmup and decay span; training stops after --epochs. 0: --epochs.")
     batch_size: int = flag(16, "Prompts per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
     # memory and run
@@ -120,7 +126,7 @@ class Args:
             )
 
 
-PAPER = {  # arXiv 2405.00675, experiments; k, temperature, top_p, iterations: the defaults; see 3. and 7. above
+PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, iterations: the defaults; see 3. above
     "prompts": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
     "judge": "pairrm",
     "max_prompt_tokens": 512,
@@ -129,13 +135,14 @@ PAPER = {  # arXiv 2405.00675, experiments; k, temperature, top_p, iterations: t
     "checkpointing": True,
     "learning_rate": 5e-7,
     "epochs": 1,
+    "schedule_epochs": 18,
     "batch_size": 64,
 }
 # What learned at 135 M; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts at 0, so that the
 # first steps are up to ten times the rate: hence the long warm-up.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "top_p": 0.9}
 SMALL |= {"learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4, "micro_tokens": 2048}
-SMALL = {**PAPER, **SMALL, "checkpointing": False}
+SMALL = {**PAPER, **SMALL, "schedule_epochs": 0, "checkpointing": False}
 RECIPES = {"tiny": {}, "mistral-7b": PAPER, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL, "other": PAPER}
 
 
@@ -223,12 +230,13 @@ def main(args):
     """Run SPPO; returns the metrics of every iterate, the start first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
+    judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     # A row has "prompt" (messages) and "prompt_ids"; parts[t - 1] are the training rows of iteration t.
     parts, held_out = split_prompts(policy, tokenizer, args)
     if not history:
-        finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
+        finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 
     for t in range(len(history), args.iterations + 1):  # Alg. 1, line 2
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
@@ -252,7 +260,8 @@ def main(args):
         rng, size = random.Random(seed), args.batch_size
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
-        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, len(batches))  # RMSprop
+        total = len(batches) * (args.schedule_epochs or args.epochs) // args.epochs  # steps that the schedule spans
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, total)  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
@@ -282,15 +291,13 @@ def main(args):
         checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
-        metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args)
+        metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args)
         metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio")
         metrics |= {"loss_over_eta2": metrics["loss"] / args.eta**2, "pairs": len(pairs)}
         metrics |= {"seconds": time.time() - began}
         finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs)
 
-    # the best iterate on held-out prompts, as in the paper's experiments
-    best = max(history[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
-    finish_run(run, history, best)
+    finish_run(run, history)  # final: the best iterate on held-out prompts, if it beats the base model (departure 7)
     return history
 
 

@@ -77,6 +77,7 @@ class Args:
     judge: str = flag("digits", "As in sppo.py; '' for none.")
     judge_url: str = flag("", "--judge llm: an OpenAI-compatible server, e.g. http://localhost:8000/v1.", free=True)
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
+    eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(512, "Held-out pairs for evaluation, at most a quarter of all.", low=2)
     eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
@@ -84,7 +85,7 @@ class Args:
     beta: float = flag(1.0, "Regularisation of --loss sr_dpo: the higher, the closer to the reference.", low=1e-6)
     beta_ipo: float = flag(0.05, "The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).", low=1e-6)
     lam: float = flag(0.3, "Weight of the refinement; 0: DPO or IPO, on the same pairs.")
-    refine_prompt: str = flag("tiny", "p: usefulness, expert, short, tiny, or a text of your own.")
+    refine_prompt: str = flag("tiny", "p: usefulness, expert, short, tiny, or your own text; '' for no p, eq. 10.")
     # sampling
     temperature: float = flag(1.0, "Sampling temperature, for training and evaluation.", low=0.01, high=100)
     top_p: float = flag(1.0, "Nucleus sampling threshold, for training and evaluation.", low=1e-6, high=1)
@@ -106,10 +107,6 @@ class Args:
     track: Literal["", "wandb", "trackio"] = flag("", "Send metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
-
-    def __post_init__(self):
-        if not self.refine_prompt.strip():
-            raise ValueError(f"--refine_prompt: give one of {', '.join(REFINE_PROMPTS)}, or a text")
 
 
 PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1, 0.3, 0.5 and 1 there, epochs are ours
@@ -272,7 +269,7 @@ def measure(policy, pairs, args):
 def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
-    judge = load_judge(args) if args.judge else None
+    judges = [load_judge(args, flag) if getattr(args, flag) else None for flag in ("judge", "eval_judge")]
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     builtin = args.pairs == "digits"
@@ -280,7 +277,7 @@ def main(args):
     (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
     if not history:
-        finish_iterate(run, history, log, evaluate(policy, tokenizer, judge, held_out, run, 0, args))
+        finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 
     for t in range(len(history), 2):  # one iteration, as the pairs are given; none if --resume finds it done
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
@@ -330,14 +327,12 @@ def main(args):
         checkpoint.save(steps, now=True)  # a kill during evaluation costs no training
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
-        metrics = evaluate(policy, tokenizer, judge, held_out, run, t, args) | measure(policy, scored, args)
+        metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args) | measure(policy, scored, args)
         metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio", "delta")
         metrics |= {"pairs": len(pairs), "seconds": time.time() - began}
         finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs)
 
-    # the best iterate on held-out prompts
-    best = max(history[1:], key=lambda row: row.get("wins_vs_start", 0), default=None)
-    finish_run(run, history, best)
+    finish_run(run, history)  # final: the trained policy, unless the judge prefers the base model
     return history
 
 

@@ -170,6 +170,24 @@ def test_truncated_responses_get_no_points():
     assert ranked == {"win_rate": pytest.approx([3 / 4, 0, 3 / 4]), "points": [3, 0, 6]}
 
 
+def test_a_response_that_repeats_itself_is_a_negative_whatever_the_judge_says():
+    row = row_of(2, gold=False)
+    row["responses"][0]["ids"] = [7, 8, 9] * 20
+    (ranked,) = dno.rank_responses(lambda *_: torch.tensor([[[0.5, 1.0], [0.0, 0.5]]]), [row], Args())
+    assert ranked == {"win_rate": [0, 1]}
+    assert row["responses"][0]["finished"], "the row keeps what was sampled"
+
+
+def test_tau_mixes_the_log_probs_of_the_base_model_into_the_reference(workdir, tiny):
+    """Eq. 14: log pi_t^(1 - tau/eta) pi_ref^(tau/eta), written out for tau / eta = 1/4."""
+    folder, _ = run(dno, **FEW, eta=2.0, tau=0.5)
+    before, base = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (folder / "iter_1/policy", tiny))
+    with torch.no_grad():
+        for pair in lines(folder / "iter_2/pairs.jsonl")[:5]:
+            right = 0.75 * log_pi(before, pair) + 0.25 * log_pi(base, pair)
+            torch.testing.assert_close(torch.tensor(pair["ref_logps"]), right, atol=1e-3, rtol=0)
+
+
 def test_the_exact_loss_takes_every_pair_of_different_responses():
     assert set(pairs_of([0.3, 0.2, 0.2], gold=False, variant="exact")) == {(0, 1), (0, 2), (1, 2)}
     assert pairs_of([0.5, 0.5], variant="exact") == {(99, 0): "teacher_student"}  # not the student's

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_what_goes_wrong_is_said(workdir, name, fault, flags, line):
     (workdir / "driver.py").write_text(text)
     process = torchrun(2, workdir / "driver.py", **{**SELF_PLAY, "name": "x", **flags})
     said = process.communicate()[0]
-    assert process.returncode != 0 and said.count(line) >= 1 and "onnection" not in said, said
+    assert process.returncode != 0 and said.count(line) >= 1, said
+    assert fault != "evaluate" or "onnection" not in said, "all ranks have the same error, none waits for another"
 
 
 def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
@@ -120,14 +122,11 @@ def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
             rows = common.generate(self.policy, ids, seed=self.seed, **more)
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(y)) for y in row]) for row in rows]
 
-    def stop(*args, **more):
-        raise KeyboardInterrupt
-
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
     flags = [f"--{name}={value}" for name, value in {**SELF_PLAY, "iterations": 1, "name": "x"}.items()]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(sppo, "sample_responses", stop)
-        cli(sppo, *flags)
+    cli(sppo, *flags)
+    shutil.rmtree(workdir / "runs/x/iter_1")  # as if it had been stopped before it sampled
+    common.write_jsonl(workdir / "runs/x/metrics.jsonl", lines(workdir / "runs/x/metrics.jsonl")[:1])
     sample_with_vllm.main("runs/x", 1)
     written = (workdir / "runs/x/iter_1/responses.jsonl").read_bytes()
     cli(sppo, "--resume", "runs/x")

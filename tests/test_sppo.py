@@ -158,6 +158,15 @@ def test_every_epoch_has_each_pair_once_in_an_order_of_its_own(workdir, monkeypa
     assert sorted(first) == sorted(second) == pairs and first != second
 
 
+def test_the_schedule_may_be_longer_than_the_training(workdir):
+    """4 steps of the first of 18 epochs, with a warmup of int(0.1 * 72) = 7 steps: the rate rises by lr / 7 a step."""
+    few = {"limit": 60, "n_eval": 4, "iterations": 1, "epochs": 1, "schedule_epochs": 18, "learning_rate": 7e-5}
+    folder, table = run(sppo, **few, batch_size=15)
+    steps = lines(folder / "iter_1/steps.jsonl")
+    assert 45 < table[1]["pairs"] <= 56 and len(steps) == 4
+    assert [row["learning_rate"] for row in steps] == pytest.approx([0, 1e-5, 2e-5, 3e-5])
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
     assert "lower --learning_rate" in stopped(capsys, cli, sppo, "--limit", "40", "--n_eval", "4")
@@ -167,3 +176,9 @@ def test_the_recipe_has_the_values_of_the_paper():
     paper = Args(**sppo.RECIPES["mistral-7b"])
     assert (paper.k, paper.eta, paper.iterations, paper.learning_rate, paper.batch_size) == (5, 1e3, 3, 5e-7, 64)
     assert (paper.temperature, paper.top_p, paper.epochs, paper.warmup_ratio) == (1.0, 1.0, 1, 0.1)
+    assert paper.schedule_epochs == 18  # 312 steps: to 2.77e-7, 1.39e-7 in the mean
+    policy = torch.nn.Linear(1, 1)
+    policy.dtype = torch.float32
+    _, scheduler = sppo.make_optimizer(policy, 5e-7, 0.1, 18 * 312)
+    rates = [5e-7 * scheduler.lr_lambdas[0](step) for step in range(312)]
+    assert (max(rates), sum(rates) / 312) == pytest.approx((2.77e-7, 1.39e-7), rel=5e-3)

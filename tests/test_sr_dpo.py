@@ -148,9 +148,9 @@ def test_what_is_left_out_is_counted(workdir, capsys):
     out = capsys.readouterr().out
     assert [row["prompt"][0]["content"] for row in rows] == ["4"]
     assert "--pairs: 1 of 4 left out: over --max_prompt_tokens 64" in out
-    assert "--pairs behind p: 1 of 3 left out: over --max_prompt_tokens 64" in out
-    assert "--pairs: 2 of 4 responses are cut by --max_new_tokens 16" in out
-    assert "--pairs: 1 of 2 left out: their responses are equal when cut" in out
+    assert "--pairs with p: 1 of 3 left out: over --max_prompt_tokens 64" in out
+    assert "--pairs: 2 of 4 responses are truncated at --max_new_tokens 16" in out
+    assert "--pairs: 1 of 2 skipped: their truncated responses are equal" in out
 
 
 @pytest.mark.parametrize(("loss", "lam"), [("sr_dpo", 0.5), ("sr_ipo", 0.5), ("sr_dpo", 0.0)])
@@ -182,7 +182,7 @@ def test_measures_are_those_of_the_paper(workdir, tiny, monkeypatch):
     measured, measure = [], sr_dpo.measure
     monkeypatch.setattr(sr_dpo, "measure", lambda *x: measured.extend(x[1]) or measure(*x))
     (folder, table), pairs = run(sr_dpo, **FEW), measured
-    start, policy = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (tiny, folder / "final"))
+    start, policy = (transformers.AutoModelForCausalLM.from_pretrained(x) for x in (tiny, folder / "iter_1/policy"))
     margins = {}
     with torch.no_grad():
         for name in ("prompt_ids", "refined_ids"):
@@ -207,7 +207,18 @@ def test_every_option_runs(workdir, settings):
     assert ("wins_vs_start" in table[-1]) == (settings.get("judge") != "")
     outputs = common.json.loads((folder / "outputs.json").read_text())
     assert len(outputs) == 16 and {row["generator"] for row in outputs} == {"x"}
-    assert (folder / "final").resolve() == (folder / "iter_1/policy").resolve()
+    best = folder / "final" if table[1].get("wins_vs_start", 1) > 0.5 else folder / "iter_1/policy"
+    assert best.resolve() == (folder / "iter_1/policy").resolve()
+
+
+def test_without_p_delta_is_the_margin_itself(workdir):
+    """The naive refinement of eq. 10 and table 4: p is empty, so Delta is beta times the pair's own margin."""
+    folder, table = run(sr_dpo, **{**FEW, "refine_prompt": "", "beta": 0.5})
+    assert all(pair["refined_ids"] == pair["prompt_ids"] for pair in lines(folder / "iter_1/pairs.jsonl"))
+    assert (table[1]["marginal"], table[1]["accuracy"]) == (table[1]["marginal_p"], table[1]["accuracy_p"])
+    for step in lines(folder / "iter_1/steps.jsonl"):
+        margin = step["chosen_log_ratio"] - step["rejected_log_ratio"]
+        assert step["delta"] == pytest.approx(0.5 * margin, abs=1e-4)
 
 
 def test_pairs_without_scores_or_with_equal_ones_have_no_correlations(workdir):
