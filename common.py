@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import http.client
 import importlib.metadata
@@ -28,6 +29,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -1566,27 +1568,37 @@ def belongs(row, item, first):
     return whole and len(ys) == len(first["responses"]) > 1 and item.items() <= row.items()
 
 
+def digest(value):
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def read_or_make(path, items, make, chunk=1024):
     """A row per item: read from the .jsonl file `path` where they exist, else made by make(items), a chunk at a time.
 
-    So a killed run resumes after its last chunk, and samples of another engine are used as this run's own. Preferences
-    that are older than the samples beside them are made again.
+    So a killed run resumes after its last chunk. Rows of responses.jsonl may come from another engine. Rows of other
+    files are stored with the digest of the answers that they judge, and made anew if these have changed.
     """
-    rows, chunk, samples = read_jsonl(path), chunk * RANKS, path.with_name("responses.jsonl")
+    stored, chunk, marks = read_jsonl(path), chunk * RANKS, None
     try:
-        fits = path != samples or all(belongs(row, item, rows[0]) for row, item in zip(rows, items, strict=False))
-    except (AttributeError, KeyError, TypeError):
-        fits = False
-    require(fits and len(rows) <= len(items), f"{path}: its rows are not this run's; remove it, then --resume")
-    if from_rank0(lambda: path.exists() and samples.exists() and samples.stat().st_mtime > path.stat().st_mtime):
-        rows = []
+        if path.name == "responses.jsonl":
+            fits = all(belongs(row, item, stored[0]) for row, item in zip(stored, items, strict=False))
+            require(fits and len(stored) <= len(items), "")
+        else:
+            marks = [digest([x["prompt"], [[y["text"], y["finished"]] for y in x["responses"]]]) for x in items]
+            same = [row["judged"] == mark for row, mark in zip(stored, marks, strict=False)]
+            stored = stored[: [*same, False].index(False)]
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path}: its rows are not this run's; remove it, then --resume") from error
+    rows = [row["row"] for row in stored] if marks else stored
     if len(rows) < len(items):
-        write_jsonl(path, rows)  # without a torn last line
+        write_jsonl(path, stored)  # without a torn last line, or rows on other answers
     for i in progress(range(len(rows), len(items), chunk), desc=path.stem):
         new = split_over_ranks(make, items[i : i + chunk])
-        with open(os.devnull if RANK else path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
         rows += new
+        stored = [{"judged": mark, "row": row} for mark, row in zip(marks[i:], new, strict=False)] if marks else new
+        with open(os.devnull if RANK else path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in stored))
     return rows
 
 
@@ -1602,6 +1614,10 @@ def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     """
     folder = run / f"iter_{t}"
     earlier = [read_jsonl(run / f"iter_{i}" / "answers.jsonl") for i in range(t)]
+    asked = [row["prompt"] for row in held_out if "benchmark" not in row]
+    for i, before in enumerate(earlier):
+        same = [row.get("prompt") for row in before] == asked
+        require(same, f"{run}/iter_{i}/answers.jsonl: its prompts are not this run's; restore it, or start a new run")
     respond = partial(sample_responses, policy, tokenizer, k=1, seed=f"{args.seed} evaluate {t}", args=args)
     answered = iter(split_over_ranks(respond, [row for row in held_out if "prompt_ids" in row]))
     # A row of --eval_prompts that cannot be answered keeps its place, with an empty answer.
@@ -1686,7 +1702,9 @@ def start_run(args, main):
     the flags and what else decides the result: the versions, the git commit, and which functions were replaced.
     """
     run, file = run_folder(args), Path(main.__code__.co_filename)
+    from_rank0(lambda: lock(run))
     if not args.resume:
+        require(from_rank0(lambda: not (run / "config.json").exists()), f"{run} exists; take another --name")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
         git = ["git", "-C", file.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError):  # git is not installed
@@ -1698,7 +1716,24 @@ def start_run(args, main):
     starts = [file.open("rb").read(2**20).hex() for file in sorted(Path(path).glob("*.safetensors"))]
     theirs = config.to_json_string(), getattr(config, "_commit_hash", None), starts
     check_fingerprint(args, f"--model {args.model}", theirs)
+    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"]]
+    check_fingerprint(args, "a flag in its config.json", [getattr(args, name) for name in fixed])
     return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
+
+
+LOCKS = {}  # run folder -> its open descriptor: a kill closes it, which frees the lock
+
+
+def lock(run):
+    """Create the run's folder if it is missing, and let no other process work in it until this one ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    if run.resolve() not in LOCKS:
+        folder = os.open(run, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run}: another process works on this run; wait for it, or end it") from error
+        LOCKS[run.resolve()] = folder
 
 
 def replaced_functions(main):
@@ -1769,7 +1804,7 @@ def check_fingerprint(args, what, value):
     folder = run_folder(args)
     if from_rank0((folder / "config.json").exists):
         config = read_config(folder)
-        mark = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        mark = digest(value)
         known = config.setdefault("fingerprints", {}).setdefault(what, mark)
         require(known == mark, f"--resume {folder}: {what} has changed since the run began; start a new one")
         write_json(folder / "config.json", config)
@@ -1977,9 +2012,16 @@ def parse_flags(main, args_class, recipes, description, argv):
 def cli(main, args_class, recipes, description, argv=None):
     """Parse the command line, print what the run needs, and call main(args).
 
-    A UserError or an OSError, such as a full disk, becomes one line and exit code 2; Ctrl-C becomes exit code 130. This
-    is the only function that reads sys.argv, writes to stderr or exits.
+    A UserError or an OSError, such as a full disk, becomes one line and exit code 2; Ctrl-C, SIGTERM and SIGHUP become
+    one line and exit code 128 + the signal's number. No other function reads sys.argv, writes to stderr or exits.
     """
+
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
     program, run = Path(sys.argv[0]).name, None  # the file that was run: sppo.py, or mine.py that imports it
     with contextlib.suppress(AttributeError):  # so that `| tee` shows a line when it is printed
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
@@ -2007,14 +2049,15 @@ def cli(main, args_class, recipes, description, argv=None):
             require("non-finite" not in str(error), "a gradient is not finite; lower --learning_rate")
             raise
         finally:
-            if not RANK and not args.resume and not list(run.glob("iter_*")):
+            if run.resolve() in LOCKS and not args.resume and not list(run.glob("iter_*")):
                 shutil.rmtree(run, ignore_errors=True)  # a failed start must not block the corrected command
         if RANKS > 1:
             dist.destroy_process_group()
-    except KeyboardInterrupt:
-        further = f"; go on with --resume {run}" if run and list(run.glob("iter_*")) else ""
-        print(f"\n{program}: interrupted{further}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        further = f"; resume with --resume {run}" if run and list(run.glob("iter_*")) else ""
+        if not RANK:
+            print(f"\n{program}: interrupted{further}", file=sys.stderr)
+        sys.exit(128 + (error.args or [signal.SIGINT])[0])
     except (UserError, OSError) as error:
         if run or not RANK:  # all ranks find the same faults in the flags
             who = f"rank {RANK}: " * (RANKS > 1)

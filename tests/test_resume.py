@@ -161,23 +161,40 @@ def test_a_kill_during_evaluation_costs_no_training(workdir, monkeypatch):
 
 
 def test_a_torn_last_line_is_made_again(workdir, capsys):
-    path, items = workdir / "rows.jsonl", list(range(10))
-    path.write_text('{"i": 0}\n{"i": 1}\n{"i"')
-    asked = []
+    path, items, asked = workdir / "responses.jsonl", [{"prompt": i} for i in range(10)], []
+    rows = [{**item, "responses": [{"text": "1", "ids": [4], "finished": True}] * 2} for item in items]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + '{"i"')
 
     def make(some):
-        asked.append(some)
-        return [{"i": i} for i in some]
+        asked.append([item["prompt"] for item in some])
+        return [rows[i] for i in asked[-1]]
 
-    assert common.read_or_make(path, items, make, 3) == [{"i": i} for i in items]
-    assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]] and lines(path) == [{"i": i} for i in items]
-    assert common.read_or_make(path, items, None) == lines(path)  # read back
+    assert common.read_or_make(path, items, make, 3) == rows == lines(path)
+    assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]]
+    assert common.read_or_make(path, items, None) == rows  # read back
     path.write_text('{"i": 0}\n{"i"\n{"i": 2}\n')
-    assert "rows.jsonl: damaged" in stopped(capsys, common.read_or_make, path, items, make)
+    assert "responses.jsonl: damaged" in stopped(capsys, common.read_or_make, path, items, make)
+    path.write_text('{"i": 0}\n')
+    assert "its rows are not this run's" in stopped(capsys, common.read_or_make, path, items, make)
     rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "f"}]  # line separators that end no row
-    assert common.read_or_make(workdir / "more.jsonl", [0, 1], lambda some: rows) == common.read_jsonl(
-        workdir / "more.jsonl"
-    )
+    common.write_jsonl(workdir / "more.jsonl", rows)
+    assert common.read_jsonl(workdir / "more.jsonl") == rows
+
+
+def test_preferences_know_which_answers_they_judged(workdir):
+    path, asked = workdir / "preferences.jsonl", []
+    items = [{"prompt": i, "responses": [{"text": f"{i} {j}", "finished": True} for j in "ab"]} for i in range(6)]
+
+    def make(some):
+        asked.append([item["prompt"] for item in some])
+        return [[item["prompt"]] for item in some]
+
+    right = common.read_or_make(path, items, make)
+    assert right == common.read_or_make(path, items, make) == [[i] for i in range(6)] and asked == [[0, 1, 2, 3, 4, 5]]
+    items[4]["responses"][1]["finished"] = False
+    assert common.read_or_make(path, items, make) == right and asked[1:] == [[4, 5]]  # from the first that changed
+    items[0]["responses"].reverse()
+    assert common.read_or_make(path, items, make) == right and asked[2:] == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_new_samples_are_judged_anew(workdir):
@@ -188,7 +205,6 @@ def test_new_samples_are_judged_anew(workdir):
     samples = Path("runs/y/iter_2/responses.jsonl")
     for new in (None, samples.read_bytes()):  # removed, as a damaged one is to be; written by another program
         shutil.copy("runs/x/iter_2/preferences.jsonl", "runs/y/iter_2")  # of other samples
-        os.utime("runs/y/iter_2/preferences.jsonl", (1, 1))
         samples.unlink() if new is None else samples.write_bytes(new)
         common.write_jsonl(Path("runs/y/metrics.jsonl"), lines(Path("runs/y/metrics.jsonl"))[:2])
         cli(script, "--resume", "runs/y")
@@ -248,6 +264,54 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):
     assert in_a_process(job) == 130
     said = Path("said").read_text()
     assert said.count("\nsr_dpo.py: interrupted; go on with --resume runs/x\n") == 1 and "Traceback" not in said
+
+
+# One process, one set of flags, one set of answers --------------------------------------------------------------------
+
+
+def test_a_run_in_which_another_process_works_is_left_alone(workdir, capsys):
+    start("sr_dpo", "x")
+    before = {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()}
+    del common.LOCKS[Path("runs/x").resolve()]  # that of this process stays locked, as another's would
+    for flags in (["--resume", "runs/x"], ["--name", "x"]):
+        assert "runs/x" in stopped(capsys, cli, sr_dpo, *flags)
+    cli(sr_dpo, "--name", "y", "--dry_run")
+    assert {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()} == before
+    with pytest.raises(common.UserError, match="another process works on this run"):
+        common.lock(Path("runs/x"))
+
+
+def test_flags_that_were_edited_in_config_json_are_refused(workdir, capsys):
+    script, settings = JOBS["sppo"]
+    cli(script, *(f"--{name}={value}" for name, value in settings.items()), "--name", "x")
+    config = json.loads(Path("runs/x/config.json").read_text())
+    common.write_json(Path("runs/x/config.json"), {**config, "eta": 3.0})
+    assert "a flag in its config.json has changed" in stopped(capsys, cli, script, "--resume", "runs/x")
+    common.write_json(Path("runs/x/config.json"), {**config, "slots": 3})  # decides nothing
+    cli(script, "--resume", "runs/x")
+
+
+def test_earlier_answers_to_other_prompts_are_refused(workdir, capsys):
+    start("sppo", "x")
+    answers = Path("runs/x/iter_0/answers.jsonl")
+    common.write_jsonl(answers, [{**row, "prompt": [{"role": "user", "content": "77"}]} for row in lines(answers)])
+    common.write_jsonl(Path("runs/x/metrics.jsonl"), lines(Path("runs/x/metrics.jsonl"))[:2])
+    assert "iter_0/answers.jsonl: its prompts" in stopped(capsys, cli, sppo, "--resume", "runs/x")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_run_in_one_line_and_the_run_resumes(workdir, capsys, monkeypatch, number):
+    start("sr_dpo", "whole")
+    script, settings = JOBS["sr_dpo"]
+    monkeypatch.setattr(common, "replaced_functions", lambda main: [])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(script, "pair_logps", lambda *_: os.kill(os.getpid(), number))
+        cli(script, *(f"--{name}={value}" for name, value in settings.items()), "--name", "x")
+    err = capsys.readouterr().err
+    assert end.value.code == 128 + number and "interrupted; resume with --resume runs/x" in err
+    assert err.strip().count("\n") == 0
+    cli(script, "--resume", "runs/x")
+    assert result(Path("runs/x")) == result(Path("runs/whole"))
 
 
 if __name__ == "__main__":
