@@ -1650,11 +1650,8 @@ def win_metrics(judge, rows, earlier):
     wins_vs_start and se: against the base model, with the standard error over prompts; wins_at_equal_length and its se:
     equal_length_win_rate; length_ratio: the mean of tokens / the base model's tokens; wins_vs_each: against each.
     """
-    duels = [
-        {"prompt": new["prompt"], "responses": new["responses"] + old["responses"]}
-        for olds in earlier
-        for new, old in zip(rows, olds, strict=True)
-    ]
+    pairs = [pair for before in earlier for pair in zip(rows, before, strict=True)]
+    duels = [{**new, "responses": new["responses"] + old["responses"]} for new, old in pairs]
     wins = split_over_ranks(lambda some: preferences(judge, some)[:, 0, 1].tolist(), duels)
     wins = torch.tensor(wins, dtype=torch.float64).view(len(earlier), len(rows))
     lengths, others = (torch.tensor([len(row["responses"][0]["ids"]) for row in some]) for some in (rows, earlier[0]))
@@ -1704,12 +1701,11 @@ def start_run(args, main):
     run, file = run_folder(args), Path(main.__code__.co_filename)
     from_rank0(lambda: lock(run))
     if not args.resume:
-        require(from_rank0(lambda: not (run / "config.json").exists()), f"{run} exists; take another --name")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-        git = ["git", "-C", file.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        versions["python"], git = platform.python_version(), ["describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError):  # git is not installed
-            versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        versions["python"] = platform.python_version()
+            done = subprocess.run(["git", "-C", file.parent, *git], capture_output=True, text=True)
+            versions["commit"] = done.stdout.strip()
         facts = {"script": file.stem, "replaced": replaced_functions(main), "versions": versions}
         write_json(run / "config.json", vars(args) | facts)
     config, path = load_config(args.model)
@@ -1859,9 +1855,7 @@ def finish_run(run, history):
     require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
     final.unlink(missing_ok=True)
     if wins <= 0.5:
-        print(
-            f"no iterate beats the base model, wins_vs_start is at best {wins:.3g}: no {final}; lower --learning_rate"
-        )
+        print(f"no iterate beats the base model, the best wins {wins:.3g}: no {final}; lower --learning_rate")
         return
     final.symlink_to(f"iter_{t}/policy", target_is_directory=True)
     shutil.copy(run / f"iter_{t}/outputs.json", run)
@@ -2002,10 +1996,8 @@ def parse_flags(main, args_class, recipes, description, argv):
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
     args.name = args.name or from_rank0(lambda: f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     run = run_folder(args)
-    unused = args.resume or from_rank0(
-        lambda: {x.name for x in run.glob("*")} <= {"config.json.part"}
-    )  # a killed start
-    require(unused, f"--name {args.name}: {run} exists; take another name, or --resume {run}")
+    files = from_rank0(lambda: {x.name for x in run.glob("*")} - {"config.json.part"})  # as a killed start leaves it
+    require(args.resume or not files, f"--name {args.name}: {run} exists; take another name, or --resume {run}")
     return args
 
 
