@@ -214,10 +214,10 @@ def test_new_samples_are_judged_anew(workdir):
 def test_a_finished_run_can_be_resumed_and_stays(workdir, capsys):
     start("sr_dpo", "x")
     run, config = Path("runs/x"), Path("runs/x/config.json").read_bytes()
-    before, said = result(run), capsys.readouterr()
+    before = result(run)
     cli(sr_dpo, "--resume", str(run), "--micro_tokens", "999")
     assert result(run) == before and (run / "config.json").read_bytes() == config
-    assert "Its policy: runs/x/final" in capsys.readouterr().out and said.err == ""
+    assert "runs/x/final" in capsys.readouterr().out
 
 
 def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(workdir, tiny, capsys):
@@ -228,7 +228,7 @@ def test_other_data_or_another_model_than_the_run_was_begun_with_is_refused(work
     common.write_jsonl(workdir / "p.jsonl", rows)
     cli(sr_dpo, *flags, "--n_eval", "8", "--epochs", "1", "--max_prompt_tokens", "64", "--name", "x")
     config = json.loads(Path("runs/x/config.json").read_text())
-    assert list(config["fingerprints"]) == ["--model model", "what --pairs gives"]
+    assert list(config["fingerprints"]) == ["--model model", "a flag in its config.json", "what --pairs gives"]
     others = [*rows[:-1], {**rows[-1], "prompt": "99"}], [*rows, rows[0] | {"prompt": "1"}], rows[1:] + rows[:1]
     for other in (*others, [{**row, "rejected": "8"} for row in rows]):
         common.write_jsonl(workdir / "p.jsonl", other)
@@ -252,18 +252,6 @@ def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatc
     (run,) = workdir.glob("runs/mine-tiny-s1-*")
     cli(mine, "--resume", str(run))
     assert "resume it with python mine.py" in stopped(capsys, cli, sr_dpo, "--resume", str(run))
-
-
-def test_ctrl_c_ends_with_one_line_and_exit_code_130(workdir):
-    def job():
-        step = sr_dpo.clip_grad_norm_
-        sr_dpo.clip_grad_norm_ = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), step(*a, **k))[1]
-        sys.stderr = open("said", "w", buffering=1)  # noqa: SIM115
-        cli(sr_dpo, "--name", "x", "--limit", "48", "--n_eval", "8")
-
-    assert in_a_process(job) == 130
-    said = Path("said").read_text()
-    assert said.count("\nsr_dpo.py: interrupted; go on with --resume runs/x\n") == 1 and "Traceback" not in said
 
 
 # One process, one set of flags, one set of answers --------------------------------------------------------------------
