@@ -85,7 +85,7 @@ class Args:
     beta: float = flag(1.0, "Regularisation of --loss sr_dpo: the higher, the closer to the reference.", low=1e-6)
     beta_ipo: float = flag(0.05, "The same of --loss sr_ipo, which aims at a margin of 1 / (2 beta_ipo).", low=1e-6)
     lam: float = flag(0.3, "Weight of the refinement; 0: DPO or IPO, on the same pairs.")
-    refine_prompt: str = flag("tiny", "p: usefulness, expert, short, tiny, or your own text; '' for no p, eq. 10.")
+    refine_prompt: str = flag("tiny", "p: usefulness, expert, short, tiny, or your own text; '' for no p (table 4).")
     # sampling
     temperature: float = flag(1.0, "Sampling temperature, for training and evaluation.", low=0.01, high=100)
     top_p: float = flag(1.0, "Nucleus sampling threshold, for training and evaluation.", low=1e-6, high=1)
@@ -269,7 +269,7 @@ def measure(policy, pairs, args):
 def main(args):
     """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
-    judges = [load_judge(args, flag) if getattr(args, flag) else None for flag in ("judge", "eval_judge")]
+    judges = load_judge(args) if args.judge else None, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     builtin = args.pairs == "digits"

@@ -33,6 +33,18 @@ def stopped(capsys, call, *args, **more):
     return err
 
 
+def best_of(table):
+    """The best iterate's number, None if none wins more than half against the base model."""
+    wins = {row["iterate"]: row.get("wins_vs_start", 1) for row in table[1:]}
+    best = max(wins, key=wins.get)
+    return best if wins[best] > 0.5 else None
+
+
+def last_line(table, run="runs/x"):
+    """What a run prints at its end."""
+    return f"Its policy: {run}/final" if best_of(table) else "no iterate beats the base model"
+
+
 def turns(*texts, system=None):
     """Messages of user and assistant in turn, behind a system turn."""
     first = [{"role": "system", "content": system}] if system else []
