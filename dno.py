@@ -67,6 +67,7 @@ from common import (
     split_prompts,
     start_run,
     sum_over_ranks,
+    truncated_lose,
 )
 
 
@@ -207,11 +208,12 @@ def win_rates(prefs):
 def rank_responses(judge, rows, args):
     """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others and, by a judge of points, "points".
 
-    A truncated response gets 0 points. With --variant spin the teacher wins and nobody is asked.
+    Truncated responses lose (departure 1), with 0 points. With --variant spin the teacher wins and nobody is asked.
     """
     if args.variant == "spin":
         return [{"win_rate": [float("teacher" in y and y["finished"]) for y in row["responses"]]} for row in rows]
-    ranked = [{"win_rate": wins} for wins in win_rates(preferences(judge, rows)).tolist()]
+    prefs = truncated_lose(preferences(judge, rows), rows)
+    ranked = [{"win_rate": wins} for wins in win_rates(prefs).tolist()]
     if hasattr(judge, "points"):
         texts = [[y["text"] for y in row["responses"]] for row in rows]
         finished = torch.tensor([[y["finished"] for y in row["responses"]] for row in rows])

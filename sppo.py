@@ -65,6 +65,7 @@ from common import (
     split_prompts,
     start_run,
     sum_over_ranks,
+    truncated_lose,
 )
 
 
@@ -236,8 +237,9 @@ def main(args):
         respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
         rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
         # Alg. 1, line 4: prefs[b, i, j] = P(y_i > y_j), but truncated responses lose (departure 1)
+        path = folder / "preferences.jsonl"
         prefs = read_or_make(
-            folder / "preferences.jsonl", rows, lambda some: preferences(judge, some).tolist(), chunk=512
+            path, rows, lambda some: truncated_lose(preferences(judge, some), some).tolist(), chunk=512
         )
         prefs = torch.tensor(prefs) if args.preference == "paper" else official_prefs(torch.tensor(prefs))
         # Alg. 1, line 5: win rates against pi_t, and the responses to train on
