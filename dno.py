@@ -71,6 +71,7 @@ from common import (
     split_prompts,
     start_run,
     sum_over_ranks,
+    truncated_lose,
 )
 
 
@@ -231,7 +232,8 @@ def rank_responses(judge, rows, args):
     ]
     if args.variant == "spin":
         return [{"win_rate": [float("teacher" in y and y["finished"]) for y in row["responses"]]} for row in rows]
-    ranked = [{"win_rate": wins} for wins in win_rates(preferences(judge, rows)).tolist()]
+    prefs = truncated_lose(preferences(judge, rows), rows)
+    ranked = [{"win_rate": wins} for wins in win_rates(prefs).tolist()]
     if hasattr(judge, "points"):
         texts = [[y["text"] for y in row["responses"]] for row in rows]
         finished = torch.tensor([[y["finished"] for y in row["responses"]] for row in rows])

@@ -68,6 +68,7 @@ from common import (
     split_prompts,
     start_run,
     sum_over_ranks,
+    truncated_lose,
 )
 
 
@@ -243,11 +244,10 @@ def main(args):
         # Alg. 1, line 3: K responses {"text", "ids", "finished"} to each prompt from pi_t. What the file has is kept.
         respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
         rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
-        # Alg. 1, line 4: prefs[b, i, j] = P(y_i > y_j), but truncated responses lose (departure 1)
-        prefs = read_or_make(
-            folder / "preferences.jsonl", rows, lambda some: preferences(judge, some).tolist(), chunk=512
-        )
-        prefs = torch.tensor(prefs) if args.preference == "paper" else official_prefs(torch.tensor(prefs))
+        # Alg. 1, line 4: prefs[b, i, j] = P(y_i > y_j)
+        prefs = read_or_make(folder / "preferences.jsonl", rows, lambda some: preferences(judge, some).tolist(), 512)
+        prefs = truncated_lose(torch.tensor(prefs), rows)  # departure 1
+        prefs = prefs if args.preference == "paper" else official_prefs(prefs)
         # Alg. 1, line 5: win rates against pi_t, and the responses to train on
         pairs = make_pairs(rows, prefs, args)
         report_pairs(t, rows, pairs, began)

@@ -14,7 +14,17 @@ from tokenizers import normalizers
 
 import common
 import sppo
-from common import DigitsJudge, digit_prompts, load_pairs, load_prompts, load_rows, preferences, read_gold, split_rows
+from common import (
+    DigitsJudge,
+    digit_prompts,
+    load_pairs,
+    load_prompts,
+    load_rows,
+    preferences,
+    read_gold,
+    split_rows,
+    truncated_lose,
+)
 
 
 def write(path, *rows):
@@ -241,20 +251,39 @@ def test_a_truncated_response_loses_to_a_finished_one_and_two_are_as_judged(monk
     judge = common.load_judge(SimpleNamespace(judge="longest"))
     texts, finished = ["a", "aaaa", "aaa", "aa"], [True, False, False, True]
     responses = [{"text": text, "finished": f} for text, f in zip(texts, finished, strict=True)]
-    prefs, judged = preferences(judge, [{"prompt": [], "responses": responses}])[0], longest([""], [texts])[0]
+    rows, judged = [{"prompt": [], "responses": responses}], longest([""], [texts])[0]
+    torch.testing.assert_close(preferences(judge, rows)[0], judged)
+    prefs = truncated_lose(preferences(judge, rows), rows)[0]
     assert prefs[0, 1] == prefs[0, 2] == prefs[3, 1] == prefs[3, 2] == 1
     assert prefs[1, 0] == prefs[2, 0] == prefs[1, 3] == prefs[2, 3] == 0
     for i, j in ((0, 3), (3, 0), (1, 2), (2, 1), (0, 0), (1, 1)):
         assert prefs[i, j] == judged[i, j]
-    both = preferences(judge, [{"prompt": [], "responses": responses[::step]} for step in (3, -3)])  # both finished
+    rows = [{"prompt": [], "responses": responses[::step]} for step in (3, -3)]  # both finished
+    both = truncated_lose(preferences(judge, rows), rows)
     assert both[0, 0, 1] == both[1, 1, 0] == judged[0, 3]
 
 
 ODD = {"NaN": [[[0.5, float("nan")], [0.1, 0.5]]], "unfair": [[[0.5, 0.9], [0.9, 0.5]]], "K": [[[0.5] * 3] * 2]}
 ODD |= {"itself": [[[0.0, 0.9], [0.1, 0.0]]], "over 1": [[[0.5, 1.5], [-0.5, 0.5]]], "B": [[[0.5] * 2] * 2] * 2}
+ODD |= {"None": None, "ragged": [[[0.5, 0.5], [0.5]]], "text": "0.5", "a number": 0.5, "raises": ZeroDivisionError()}
 
 
 @pytest.mark.parametrize("how", ODD)
 def test_a_judge_that_returns_no_preferences_is_refused(how, capsys):
     rows = [{"prompt": user("?"), "responses": [{"text": y, "finished": True} for y in "ab"]}]
-    assert "--judge: it must return preferences (B, K, K)" in stopped(capsys, preferences, lambda *_: ODD[how], rows)
+
+    def odd_judge(*_):
+        if how == "raises":
+            raise ODD[how]
+        return ODD[how]
+
+    said = stopped(capsys, preferences, odd_judge, rows)
+    assert "--judge: odd_judge must return preferences (B, K, K)" in said
+    assert ("not ZeroDivisionError" in said) == (how == "raises")
+
+
+def test_preferences_may_be_in_bf16():
+    rows = [{"prompt": user("?"), "responses": [{"text": "a" * n, "finished": True} for n in range(9)]}]
+    prefs = preferences(lambda *judged: longest(*judged).bfloat16(), rows)
+    assert prefs.dtype == torch.float32
+    torch.testing.assert_close(prefs, longest([""], [["a" * n for n in range(9)]]), atol=2e-3, rtol=0)

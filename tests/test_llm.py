@@ -4,7 +4,9 @@ import contextlib
 import http.server
 import json
 import re
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -25,11 +27,21 @@ def fair(question):
     return json.dumps({f"id{i}_score": int(re.findall("[0-6]", text)[-1]) for i, text in shown(question).items()})
 
 
+def completion(content, usage=None, **choice):
+    """A server's reply, with further fields of its choice."""
+    choice |= {"message": {"role": "assistant", "content": content}}
+    return 200, {}, json.dumps({"choices": [choice], "usage": usage})
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Gives the first of server.answers, (status, headers, body) or question -> reply or such; the last one stays."""
 
     def log_message(self, *_):
         pass
+
+    def do_GET(self):  # as a client does after a redirect
+        self.server.requests.append({"key": self.headers["Authorization"]})
+        self.send_error(404)
 
     def do_POST(self):
         body, answers = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server.answers
@@ -38,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = answers.pop(0) if len(answers) > 1 else answers[0]
         reply = reply(question) if callable(reply) else reply
         if not isinstance(reply, tuple):
-            reply = 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
+            reply = completion(reply)
         self.send_response(reply[0])
         for name, value in ({"Content-Length": len(reply[2])} | reply[1]).items():
             self.send_header(name, str(value))
@@ -76,9 +88,15 @@ def points(judge, prompts, texts=("3", "4")):
 @pytest.mark.parametrize(
     ("reply", "right"),
     [
-        ('Sure!\n```json\n{"id1_score": 4,\n "id0_score" : "3"}\n```\nAnything else?', [3, 4]),  # another order
+        ('Sure!\n```json\n{"id1_score": 4.0,\n "id0_score" : "3"}\n```\n ', [3, 4]),  # another order
+        ('I began with {"id0_score": 6, "id1_score": 0}, but:\n{"id0_score": 3, "id1_score": 4}', [3, 4]),
+        ('{"id0_score": 3, "id0_justification": "a } {</think>\n{", "id1_score": 4, "why": "}"}', [3, 4]),
         ('<think>maybe {"id0_score": 1, "id1_score": 1}</think>{"id0_score": 3, "id1_score": 4}', [3, 4]),
         ('{"id0_justification": "he wrote \\"id1_score\\": 6", "id0_score": 0, "id1_score": 0}', [0, 0]),
+        ('{"id0_justification": "he wrote {\\"id0_score\\": 6, \\"id1_score\\": 0}', None),  # cut
+        ('{"id0_score": 3, "id1_score": 4}, says <id0>. I disagree.', None),
+        ('{"id0_score": 3, "id1_score": 4, "id0_score": 6}', None),  # given twice
+        ('{"of": {"id0_score": 3, "id1_score": 4}}', None),
         ('{"id0_score": 3, "id1_score": 4', None),  # it might have become 45
         ('{"id1_score": 3, "id2_score": 4}', None),  # counted from 1
         *((f'{{"id0_score": {score}, "id1_score": 4}}', None) for score in ("7", "-1", "4.5", "5/6", "null", "true")),
@@ -112,6 +130,8 @@ def test_points_come_back_to_their_responses_whatever_the_order_shown(serve):
         ([(503, {"Retry-After": "86400"}, "")], [600]),
         ([(200, {"Content-Length": 1000}, "{")], [0]),  # the connection is lost
         ([(200, {}, '{"error": {"code": 429, "message": "free-models-per-min"}}')], [0]),  # as routers send it
+        ([(200, {}, '{"error": {"type": "overloaded_error"}}')], [0]),
+        ([completion('{"id0_score": 6, "id1_score": 0}', finish_reason="error", error={"code": 502})], [0]),
         ([(400, {}, '{"error": "`temperature` must be strictly positive"}')], []),  # is left out from then on
     ],
 )
@@ -123,8 +143,8 @@ def test_a_server_in_trouble_is_asked_again(serve, monkeypatch, trouble, waits):
 
 def test_a_refused_temperature_is_left_out_and_content_may_be_parts(serve):
     def reply(question):
-        content = [{"type": "text", "text": part} for part in (fair(question)[:9], fair(question)[9:])]
-        return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]})
+        texts = [{"type": "text", "text": part} for part in (fair(question)[:9], fair(question)[9:])]
+        return completion([{"type": "thinking", "thinking": texts[:1]}, *texts])
 
     judge = serve((422, {}, "unsupported value: temperature"), reply)
     assert points(judge, ["one"]) == points(judge, ["two"]) == [[3, 4]]
@@ -134,12 +154,13 @@ def test_a_refused_temperature_is_left_out_and_content_may_be_parts(serve):
 def test_failures_are_counted_from_the_first_and_stop_from_the_twentieth(serve, capsys):
     judge = serve(lambda question: "What?" if "bad" in question else fair(question))
     assert points(judge, ["1", "bad 1", "bad 2"])[0] == [3, 4]  # two of three, but of few
-    assert "no verdict on 2 of 3 prompts, the last: ValueError: its reply has not" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no verdict on 2 of 3 prompts, the last: http" in said and "its reply has not 0 to 6 points" in said
     points(judge, [str(n) for n in range(2, 20)] + ["bad 3"])
     said = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(4, 23)), "20"])
     assert "no verdict on 22 of 42 prompts" in said
     said = stopped(capsys, points, serve("What?"), ["never"])  # nothing ever came back
-    assert "no verdict on 1 of 1 prompts, the last: ValueError" in said
+    assert "no verdict on 1 of 1 prompts, the last: http" in said and "What?" in said
 
 
 def test_nothing_is_asked_twice(serve, monkeypatch):
@@ -150,9 +171,19 @@ def test_nothing_is_asked_twice(serve, monkeypatch):
     assert points(again, "1", ["3", "5"]) == [[3, 5]] and points(LLMJudge(judge.url, "b-model"), "1") == [[3, 4]]
     monkeypatch.setattr(common, "RUBRIC", "Be kind.")
     assert points(again, "1") == [[3, 4]] and len(judge.requests) == 6
-    judge.cache.write_bytes(judge.cache.read_bytes()[:-40])  # a kill tears the last line
-    for _ in range(2):
-        assert points(LLMJudge(judge.url, "a-model"), "1") == [[3, 4]] and len(judge.requests) == 7
+
+
+def test_the_cache_may_be_damaged_and_shared(serve):
+    judge = serve(fair)
+    odd = [b"\xff\xfe", b"[]", b"[" * 9000, b'{"key": 1}', b'{"key": "a", "points": 5}', b'{"key": "a", "points": [7]}']
+    judge.cache.write_bytes(b"\n".join(odd))
+    points(LLMJudge(judge.url, "a-model"), "1")
+    judge.cache.write_bytes(judge.cache.read_bytes()[:-20])  # a kill tears the last line, while others go on
+    torn, runs = judge.cache.read_bytes(), [LLMJudge(judge.url, "a-model") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: points(runs[n], [f"{n} {i}" for i in range(20)]), range(8)))
+    assert judge.cache.read_bytes().startswith(torn + b"\n")
+    assert len(LLMJudge(judge.url, "a-model").known) == 160 and len(judge.requests) == 161
 
 
 def test_a_prompt_without_a_verdict_is_a_tie_and_is_not_kept(serve):
@@ -163,8 +194,10 @@ def test_a_prompt_without_a_verdict_is_a_tie_and_is_not_kept(serve):
     assert len(judge.requests) == 3 and len(common.read_jsonl(judge.cache)) == 2
 
 
-BROKEN = {"401": (401, {}, "no such key"), "404": (404, {}, ""), "503": (503, {}, ""), "JSON": (200, {}, "<html>")}
-BROKEN |= {"IndexError": (200, {}, '{"choices": []}'), "its reply has not 0 to 6 points": "What?"}
+BROKEN = {"400": (400, {}, "too long"), "503": (503, {}, ""), "<html>": (200, {}, "<html>"), "What?": "What?"}
+BROKEN |= {"[]": (200, {}, '{"choices": []}'), "null": completion(None), "cut off: finish_reason length": "cut"}
+BROKEN["cut off: finish_reason length"] = completion('{"id0_score": 3, "id1_score": 4}', finish_reason="length")
+BROKEN["14 tokens read"] = completion('{"id0_score": 3, "id1_score": 4}', usage={"prompt_tokens": 14})
 
 
 @pytest.mark.parametrize("words", BROKEN)
@@ -173,7 +206,52 @@ def test_a_judge_that_fails_at_most_prompts_ends_the_run_with_its_last_reason(se
     err = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(12)), *"12345678"])
     assert "--judge llm: no verdict on 12 of 20 prompts" in err and words in err
     assert len(common.read_jsonl(judge.cache)) == 8  # what was paid for is kept
-    assert f"{judge.url}/chat/completions: " in err or words not in ("401", "404", "503")
+    assert f"{judge.url}/chat/completions: " in err
+
+
+FAULTS = {"status 401": (401, {}, "no such key: sk-key"), "status 404": (404, {}, "no such model")}
+FAULTS |= {"insufficient_quota": (429, {}, '{"error": {"code": "insufficient_quota"}}')}
+FAULTS |= {"Unexpected endpoint": (200, {}, '{"error": "Unexpected endpoint or method."}')}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_a_fault_of_the_set_up_ends_the_run_at_the_first_request(serve, capsys, words):
+    judge = serve(FAULTS[words])
+    said = stopped(capsys, points, judge, ["one"])
+    assert f"{judge.url}/chat/completions: status" in said and words in said and "check --judge_url" in said
+    assert len(judge.requests) == 1 and "sk-key" not in said
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_follows_no_redirect(serve, capsys, status):
+    other = serve(fair)
+    judge = serve((status, {"Location": f"{other.url}/sk-key"}, ""))
+    said = stopped(capsys, points, judge, ["one"])
+    assert f"redirected to {other.url}/***" in said and len(judge.requests) == 1 and not other.requests
+
+
+def test_the_key_may_end_in_a_newline_and_is_never_shown(serve, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-key\r\n")
+    judge = serve(fair)
+    assert points(judge, ["one"]) == [[3, 4]] and judge.requests[0]["key"] == "Bearer sk-key"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nkey")
+    said = stopped(capsys, LLMJudge, judge.url, "a-model")
+    assert "OPENAI_API_KEY has a character that no key has" in said and "sk-" not in said
+
+
+def test_ctrl_c_does_not_wait_for_replies(serve):
+    main, released = threading.main_thread(), threading.Event()
+    inflight = threading.Barrier(16, action=lambda: signal.pthread_kill(main.ident, signal.SIGINT))
+
+    def silent(question):
+        inflight.wait()
+        released.wait()
+        return "What?"
+
+    with pytest.raises(KeyboardInterrupt):
+        points(serve(silent), [str(n) for n in range(40)])
+    assert not released.is_set() and all(thread.daemon for thread in threading.enumerate() if thread is not main)
+    released.set()
 
 
 def test_a_run_without_any_judgement_says_so(serve, workdir, capsys):
