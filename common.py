@@ -1032,7 +1032,7 @@ def dataset_rows(flag, source):
             yield from datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # datasets, pyarrow, gzip and the hub each have errors of their own
         why = str(error.__cause__ or error)[:300] or "it is empty"
-        wanted = "a .jsonl, .json or .parquet file, or NAME:split or NAME:config:split of a folder or a hub dataset"
+        wanted = "a .jsonl, .json or .parquet file, a folder or hub dataset as NAME, NAME:split or NAME:config:split"
         raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
 
 
@@ -1361,6 +1361,8 @@ def load_config(name):
     path = make_tiny() if name == "tiny" else MODELS.get(name, name)
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
+    for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("tokenizer*.*")]:
+        require(not is_pointer(file), f"--model {name}: {file} is a Git LFS pointer: run git lfs pull")
     try:
         return transformers.AutoConfig.from_pretrained(folder_or_hub_id(str(path)), trust_remote_code=False), path
     except Exception as error:
@@ -1402,7 +1404,7 @@ def load_policy(name, device="cpu", checkpointing=False):
             else:
                 p.master_remainder = remainders[n]
     check_architecture(policy, name)
-    Chat(policy, tokenizer)  # says what the chat template lacks
+    check_chat(policy, tokenizer, name)
     if checkpointing:
         use_checkpointing(policy)
     return policy, tokenizer
@@ -1920,7 +1922,7 @@ def check_fit(args):
     c, cuda = config.get_text_config(), args.device == "cuda"
     width, layers, vocab, size = c.hidden_size, c.num_hidden_layers, c.vocab_size, 2 if cuda else 4
     length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
-    positions = getattr(c, "max_position_embeddings", None) or 10**9
+    positions = max_length(config)
     require(length <= positions, f"{flags} are {length}, --model {args.model} has {positions} positions: lower these")
     layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
