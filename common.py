@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import gzip
 import hashlib
 import http.client
 import importlib.metadata
@@ -981,9 +982,15 @@ def load_judge(args, flag="judge"):
 
 # 5. Data and chat templates -------------------------------------------------------------------------------------------
 
-SHAPES = "prompt, instruction, or chosen and rejected, each as text, {role, content} messages or a transcript"
-UNREAD = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "documents", "image"}
-UNREAD |= {"images", "audio", "audios", "video", "videos"}  # fields that would matter to an answer
+SHAPES = "prompt, instruction, question, turns, or chosen and rejected: text, {role, content} messages or transcripts"
+ANSWERS = "gold", "response", "output", "chosen"  # where a teacher's answer is looked for
+FIELDS = {*ANSWERS, "prompt", "instruction", "question", "input", "turns", "messages", "system", "system_prompt"}
+FIELDS |= {"rejected", "completions", "score_chosen", "score_rejected"}
+IGNORED = re.compile(  # fields that change neither a prompt nor an answer
+    r"((all|prompt|question|chosen|rejected|response|conversation|row|avg|rm|(in)?correct)[_-])*(ids?|uu?id|idx|index|hash"
+    r"|scores?|ratings?|rewards?|rank|margin|labels?|models?|generator|sources?|dataset|split|date|timestamp|answers?"
+    r"|reference|completion|(sub)?category|language)|all_generated_responses|text|cluster|datasplit|created_at|__index_level_0__"
+)
 
 
 def load_prompts(source, limit=0, seed=0):
@@ -1001,73 +1008,111 @@ def load_pairs(source, limit=0):
 def load_rows(flag, source, read, limit=0, keep_all=False):
     """read(row) for each row of a dataset, without repetitions, until there are `limit` (0: no limit).
 
-    source: a .jsonl, .json or .parquet file, plain or .gz, or NAME or NAME:split of a folder of such files, of a folder
-    of Dataset.save_to_disk, or of a dataset on the hub. Rows that read refuses are left out and counted; with
-    `keep_all` they become None, and repetitions stay. Raises UserError for a row of no known shape.
+    Rows that cannot be used are left out and counted by reason; with `keep_all` they become None, and repetitions stay.
+    Raises UserError if dataset_rows does, or if no row can be used.
     """
-    import datasets  # takes a second
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name, split = re.fullmatch(r"(.*?)(?::(\w+))?", source, re.DOTALL).groups()
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name.removesuffix(".gz")).suffix)
-    try:
-        if not kind:
-            folder_or_hub_id(name)
-        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            data = datasets.load_from_disk(name)
-            data = data if isinstance(data, datasets.Dataset) else data[split or "train"]
-        else:
-            data = datasets.load_dataset(kind or name, data_files=name if kind else None, split=split or "train")
-    except Exception as error:  # datasets, pyarrow, fsspec and the hub each have errors of their own
-        why = str(error.__cause__ or error)[:300] or "it is empty"
-        wanted = "a .jsonl, .json or .parquet file, a folder of these, or a hub dataset ORG/NAME"
-        raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
-    items, refused = {}, Counter()
-    for number, row in enumerate(data, 1):
-        row = {name: value for name, value in row.items() if value is not None}
+    items, refused, number = {}, Counter(), 0
+    for number, row in enumerate(dataset_rows(flag, source), 1):
         try:
+            row = {name: value for name, value in unpack(row).items() if value is not None}
             item = read(row)
-            key = number if keep_all else json.dumps(item)
+            key = json.dumps(item, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+            key = number if keep_all else key
             refused["repeated"] += key in items
             items[key] = item
-        except Refused as reason:
-            refused[str(reason)] += 1
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            shape = (
+                f"{type(error).__name__} in {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
+            )
+            refused[str(error) if isinstance(error, Refused) else f"of no known shape: {shape}"] += 1
             if keep_all:
                 items[number] = None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            keys, why = ", ".join(row) or "nothing", f"{type(error).__name__}: {error}"
-            raise UserError(f"{flag} {source}, row {number} has {keys}; wanted {SHAPES} ({why})") from error
         if len(items) == limit > 0:
             break
     print_refused(f"{flag} {source}", refused, number)
-    require(any(items.values()), f"{flag} {source}: none of its rows can be used")
+    require(any(items.values()), f"{flag} {source}: none of its rows can be used; wanted {SHAPES}")
     return [*items.values()]
+
+
+def dataset_rows(flag, source):
+    """The rows of a dataset. Local files are read each time, without a cache, so that their content decides.
+
+    source: a .jsonl, .json or .parquet file, plain or .gz, or NAME, NAME:split or NAME:config:split of a folder of such
+    files, of a folder of Dataset.save_to_disk, or of a dataset on the hub. Raises UserError if it cannot be loaded.
+    """
+    name, config, split = re.fullmatch(r"(.*?)(?:(?::([\w.-]+))?:(\w+))?", source, re.DOTALL).groups("")
+    split = split or "train"
+    try:
+        if re.search(r"\.(jsonl?|parquet)(\.gz)?$", source):
+            yield from file_rows(source)
+            return
+        import datasets  # takes a second
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            data = datasets.load_from_disk(name)
+            yield from data if isinstance(data, datasets.Dataset) else data[split]
+        elif Path(folder_or_hub_id(name)).is_dir():
+            files = datasets.load_dataset_builder(name, config or None).config.data_files
+            require(split in files, f"no split {split}, but {', '.join(map(str, files))}")
+            for file in files[split]:
+                yield from file_rows(file)
+        else:
+            yield from datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # datasets, pyarrow, gzip and the hub each have errors of their own
+        why = str(error.__cause__ or error)[:300] or "it is empty"
+        wanted = "a .jsonl, .json or .parquet file, a folder or hub dataset as NAME, NAME:split or NAME:config:split"
+        raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
+
+
+def file_rows(path):
+    """The rows of a .jsonl, .json or .parquet file, plain or .gz: text stays text, a line that is no JSON is bytes."""
+    kind = Path(path.removesuffix(".gz")).suffix
+    require(not is_pointer(path), f"{path} is a Git LFS pointer: run git lfs pull")
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        if kind == ".parquet":
+            for batch in importlib.import_module("pyarrow.parquet").ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+        elif kind == ".json" and isinstance(rows := unpack(file.read()), (list, dict)):
+            yield from [rows] if isinstance(rows, dict) else rows
+        else:
+            file.seek(0)
+            yield from (unpack(line) for line in file if line.strip())
+
+
+def unpack(value):
+    """What JSON, as text or bytes, holds; anything else as it is."""
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError, RecursionError):  # bytes may be no UTF-8
+        return value
+
+
+def is_pointer(path):
+    """Whether a file was not fetched: a pointer of Git LFS stands in its place."""
+    with open(path, "rb") as file:
+        return file.read(23) == b"version https://git-lfs"
 
 
 def print_refused(flag, refused, n):
     """Print how many of n rows were refused, and why."""
-    for reason, count in (+refused).items():
+    for reason, count in (+refused).most_common(20):
         print(f"{flag}: {count} of {n} left out: {reason}")
 
 
 def read_prompt(row):
     """The prompt of a row as messages, of which the last is the user's."""
-    texts = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
-    refuse_unread(row)
-    if "prompt" in row:
-        if any(text != row["prompt"] for text in texts):
-            raise Refused("with instruction, input or context beside prompt")
-        prompt = as_messages(row["prompt"])
-        prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
-    elif "instruction" in row:
-        prompt = as_messages("\n\n".join(texts))
-    else:
-        prompt = as_messages(row["chosen"])[:-1]
-    for turn in reversed(row.get("history", [])):  # a message, or a pair of question and answer
-        pair = zip(("user", "assistant"), turn, strict=True)
-        turns = [turn] if isinstance(turn, dict) else [{"role": role, "content": text} for role, text in pair]
-        prompt = as_messages(turns) + prompt
+    refuse_unread(row, FIELDS)
+    texts = [row[name] for name in ("instruction", "question", "input") if row.get(name)]
+    texts += [turn["content"] if isinstance(turn, dict) else turn for turn in row.get("turns", [])[:1]]  # FastChat's
+    given = row.get("prompt") or (texts[0] if len(texts) == 1 else "\n\n".join(texts))
+    if row.get("prompt") and any(text != given for text in texts):
+        raise Refused("with another question beside its prompt")
+    prompt = as_messages(given) if given else as_messages(row.get("messages") or row["chosen"])[:-1]
+    prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
+    if as_messages(row.get("messages", prompt))[: len(prompt)] != prompt:
+        raise Refused("with messages that do not begin with its prompt")
     for system in (row[name] for name in ("system", "system_prompt") if row.get(name)):
         if prompt[:1] != [{"role": "system", "content": system}]:
             prompt = as_messages([{"role": "system", "content": system}]) + prompt
@@ -1092,7 +1137,7 @@ def read_answer(value, prompt):
 def read_gold(row):
     """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's."""
     texts = [y["response"] for y in row.get("completions", []) if y["model"] == "gpt-4"]
-    texts += [row[name] for name in ("gold", "response", "output", "chosen") if name in row]
+    texts += [row[name] for name in ANSWERS if name in row]
     prompt = read_prompt(row)
     if not texts or not (gold := read_answer(texts[0], prompt)).strip():
         raise Refused("without a teacher's answer")
@@ -1111,21 +1156,24 @@ def read_pair(row):
 
 
 def as_messages(value):
-    """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages -> messages."""
-    if not isinstance(value, str):
-        for message in value:
-            refuse_unread(message)
-        return [{"role": message["role"], "content": as_text(message["content"])} for message in value]
-    if not value.startswith("\n\nHuman:"):
-        return [{"role": "user", "content": value}]
-    turns, roles = re.split(r"\n\n(Human|Assistant):", value)[1:], {"Human": "user", "Assistant": "assistant"}
+    """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages, one or a list, also as JSON text -> messages."""
+    turns = unpack(value)
+    turns = [*map(unpack, turns)] if isinstance(turns, list) else [turns]
+    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        for turn in turns:
+            refuse_unread(turn, {"role", "content"})
+        return [{"role": turn["role"], "content": as_text(turn["content"])} for turn in turns]
+    if not (text := as_text(value)).startswith("\n\nHuman:"):
+        return [{"role": "user", "content": text}]
+    turns, roles = re.split(r"\n\n(Human|Assistant):", text)[1:], {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def refuse_unread(fields):
-    """Refuse a row or a message with a field that affects the answer but is not supported."""
-    for name in sorted(UNREAD & fields.keys()):
-        if fields[name]:
+def refuse_unread(fields, known):
+    """Refuse a row or a message that has a field, and something in it, that this project does not know."""
+    for name, value in fields.items():
+        value = [part for part in value.values() if part is not None] if isinstance(value, dict) else value
+        if name not in known and not IGNORED.fullmatch(name) and value not in (None, "", [], "[]", "{}", "null"):
             raise Refused(f"with {name}, which is not supported")
 
 
@@ -1140,6 +1188,10 @@ def digit_prompts(n, seed):
 MARKS = USER, ANSWER, OTHER = "Zq1qZ", "Zq2qZ", "Zq3qZ"  # a conversation on which a chat template is tried
 PLAIN = "{% for m in messages %}{{ '\n\n' if not loop.first and m.role != 'assistant' }}{{ m.content }}"
 PLAIN += "{{ eos_token if loop.last and m.role == 'assistant' }}{% endfor %}"
+# The marks around thoughts, beside those that a tokenizer's response_template names.
+THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>", "<thought>": "</thought>"}
+THOUGHTS |= {"<|channel>thought": "<channel|>", "<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
+THOUGHTS |= {"<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷"}
 
 
 class Chat:
@@ -1152,7 +1204,8 @@ class Chat:
 
     def __init__(self, policy, tokenizer):
         self.tokenizer, self.control, self.header, self.unwritten = tokenizer, {}, "", set()
-        user = {"role": "user", "content": USER}
+        roles = "user", "assistant", "user"
+        user, *following = ({"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True))
         self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN
@@ -1165,17 +1218,26 @@ class Chat:
         header = whole.split(ANSWER)[0].removeprefix(prompt).rstrip(" ")  # a blank belongs to the answer's first token
         asks = not header.strip() or prompt != self.write([user], generation=False)
         require(asks, f"--model: its chat template has no generation prompt: add {header!r}, behind prompts, to it")
-        added, stops = tokenizer.added_tokens_decoder, stop_ids(policy, tokenizer)
-        end = next((i for i in self.tokens(whole.split(ANSWER)[1]) if i in added or i in stops), None)
+        added, stops = tokenizer.added_tokens_decoder, policy.generation_config.eos_token_id or []
+        self.stops = sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])})
+        behind = whole.split(ANSWER)[1]
+        with contextlib.suppress(Refused):  # some end an answer only where the next turn begins
+            behind += self.write([user, *following], generation=False).split(ANSWER)[1]
+        end = next((i for i in self.tokens(behind) if i in added or i in self.stops), None)
         require(end is not None, "--model: its chat template ends answers by no token: add {{ eos_token }} to it")
-        if end not in stops:
-            print(f"the chat template ends a turn with {added[end].content}, which is not EOS: it stops answers, too")
-            policy.generation_config.eos_token_id = [*stops, end]
-        between, self.stops = prompt.split(USER)[1], stop_ids(policy, tokenizer)
+        self.end = "".join(behind.partition(tokenizer.decode([end]))[:2])
+        if end not in self.stops:
+            print(f"the chat template ends a turn with {self.end.strip()}, which is not EOS: it stops answers, too")
+            policy.generation_config.eos_token_id = self.stops = sorted([*self.stops, end])
+        between = prompt.split(USER)[1]
         special = {i: t.content for i, t in added.items() if t.special or i in self.stops}
-        self.control = {i: text for i, text in special.items() if "think>" not in text and i != tokenizer.unk_token_id}
+        fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
+        marks = [(x.get("open"), x.get("close")) for name, x in fields.items() if re.search("think|reason", name)]
+        self.thoughts = THOUGHTS | {x.strip(): y.strip() for x, y in marks if isinstance(x, str) and isinstance(y, str)}
+        self.opened = next((mark for mark in self.thoughts if between.rstrip().endswith(mark)), "")  # by the prompt
+        harmless = {*self.thoughts, *self.thoughts.values(), tokenizer.unk_token}
+        self.control = {i: text for i, text in special.items() if text not in harmless}
         self.header = between.removeprefix(special.get(end, "")).strip()  # like [/INST]
-        self.thinks = between.rstrip().endswith("<think>")  # the prompt begins a thought
 
     def writes(self, *messages):
         """Whether the template writes each content, and an answer, once and in order."""
@@ -1214,15 +1276,17 @@ class Chat:
             raise Refused("rendered already")
         at = 0
         for content in contents:  # each behind the one before
-            shown = content.rpartition("</think>")[2].strip()
+            shown = self.without_thought(content).strip()
             if (at := text.find(shown, at) + len(shown)) < len(shown):
                 raise Refused("with a turn that the chat template does not write")
         return self.encode(text)
 
     def response(self, messages, answer, max_tokens):
         """A given answer as a response: the ids of the whole less the prompt's, up to and with the end of its turn."""
-        prompt, whole = self.write(messages), self.write(messages, answer)
-        wanted, got = ("".join(text.split()) for text in (answer, whole.removeprefix(prompt)))
+        prompt, whole = self.write(messages), self.write(messages, answer) + self.end
+        if self.opened and answer.lstrip().startswith(self.opened) and not whole.startswith(prompt):
+            whole = prompt + answer.lstrip().removeprefix(self.opened).lstrip() + self.end  # a thought is left out
+        wanted, got = ("".join(text.split()) for text in (answer, self.opened + whole.removeprefix(prompt)))
         start, ids = self.encode(prompt), self.encode(whole)
         same = whole.startswith(prompt) and wanted in got
         if ids[: len(start)] != start:  # a token reaches over the prompt's end
@@ -1232,23 +1296,45 @@ class Chat:
             raise Refused("with an answer that the chat template does not write as it is behind its prompt")
         ids = ids[len(start) :]
         ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
-        return {"text": without_thought(answer), "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
+        begun = self.opened if self.opened and self.thoughts[self.opened] in answer else ""
+        text = self.without_thought(begun + answer)
+        return {"text": text, "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
 
     def sampled(self, ids):
         """A response from the ids of a sample."""
-        text = self.tokenizer.decode([i for i in ids if i not in self.control])
-        return {"text": without_thought(text, self.thinks), "ids": ids, "finished": ids[-1] in self.stops}
+        marks = "".join([*self.thoughts, *self.thoughts.values()])  # which may be made of control tokens
+        text = self.tokenizer.decode([i for i in ids if self.control.get(i, "") in marks])
+        return {"text": self.without_thought(self.opened + text), "ids": ids, "finished": ids[-1] in self.stops}
+
+    def without_thought(self, text):
+        """The part of an answer that a judge reads: what follows the thought, or nothing if the thought never ends."""
+        marks = (close for mark, close in self.thoughts.items() if text.lstrip().startswith((mark, close)))
+        return text.partition(close)[2].lstrip() if (close := next(marks, "")) else text
 
 
-def without_thought(text, begun=False):
-    """The part of an answer that a judge reads: what follows the thought, or nothing if the thought never ends."""
-    return text.partition("</think>")[2].lstrip() if begun or text.lstrip().startswith("<think>") else text
+def check_chat(policy, tokenizer, name):
+    """Print what the chat template lacks and which thoughts are known. Raises UserError for a wrong tokenizer class."""
+    chat, text = Chat(policy, tokenizer), "How are you?\n\nFine (thanks), it's 12,345.\n\n    return 'a'; Où est-ce?"
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    if file := transformers.utils.cached_file(tokenizer.name_or_path, "tokenizer.json", **optional):
+        right = transformers.PreTrainedTokenizerFast(tokenizer_file=file)(text, add_special_tokens=False).input_ids
+        remedy = 'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+        wrong = f"{type(tokenizer).__name__} splits text otherwise than its tokenizer.json says"
+        require(chat.tokens(text) == right, f"--model {name}: {wrong}; {remedy}")
+    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    known = [x for x in chat.thoughts if x not in THOUGHTS or x in tokenizer.chat_template or x.startswith(added)]
+    if known:
+        print(f"thoughts, from {' or '.join(known)} to {' or '.join(map(chat.thoughts.get, known))}, are not judged")
 
 
-def stop_ids(policy, tokenizer):
-    """All token ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    more = policy.generation_config.eos_token_id or []
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
+def max_length(config):
+    """The most tokens that a row may have: the positions, or those up to which a rope does not depend on the row."""
+    config = config.get_text_config()
+    rope, lengths = getattr(config, "rope_parameters", None) or {}, [getattr(config, "max_position_embeddings", None)]
+    for x in (rope, *rope.values()):  # one, or one for each type of layer
+        if isinstance(x, dict) and x.get("rope_type") in ("longrope", "dynamic"):
+            lengths.append(x.get("original_max_position_embeddings"))
+    return min(filter(None, lengths), default=10**9)
 
 
 def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None, keep_all=False):
@@ -1259,8 +1345,7 @@ def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), cha
     """
     chat, kept, refused, longest = Chat(policy, tokenizer), [], Counter(), args.max_prompt_tokens
     if keep_all:
-        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        longest = max(longest, positions - args.max_new_tokens)
+        longest = max(longest, max_length(policy.config) - args.max_new_tokens)
     for row in rows:
         try:
             prompt = change(row["prompt"]) if change else row["prompt"]
@@ -1306,6 +1391,8 @@ def load_config(name):
     path = make_tiny() if name == "tiny" else MODELS.get(name, name)
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
+    for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("tokenizer*.*")]:
+        require(not is_pointer(file), f"--model {name}: {file} is a Git LFS pointer: run git lfs pull")
     try:
         return transformers.AutoConfig.from_pretrained(folder_or_hub_id(str(path)), trust_remote_code=False), path
     except Exception as error:
@@ -1347,7 +1434,7 @@ def load_policy(name, device="cpu", checkpointing=False):
             else:
                 p.master_remainder = remainders[n]
     check_architecture(policy, name)
-    Chat(policy, tokenizer)  # says what the chat template lacks
+    check_chat(policy, tokenizer, name)
     if checkpointing:
         use_checkpointing(policy)
     return policy, tokenizer
@@ -1939,7 +2026,7 @@ def check_fit(args):
     c, cuda = config.get_text_config(), args.device == "cuda"
     width, layers, vocab, size = c.hidden_size, c.num_hidden_layers, c.vocab_size, 2 if cuda else 4
     length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
-    positions = getattr(c, "max_position_embeddings", None) or 10**9
+    positions = max_length(config)
     require(length <= positions, f"{flags} are {length}, --model {args.model} has {positions} positions: lower these")
     layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations

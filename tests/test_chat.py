@@ -1,13 +1,14 @@
 """From conversations to token ids and back: what each chat template writes, what it lacks, what is refused."""
 
 import copy
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
 from steps import stopped, turns
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Phi3Config, PreTrainedTokenizerFast
 
 import common
 from common import Chat, Refused
@@ -208,8 +209,93 @@ def test_thoughts_are_one_token_each_and_not_for_judges():
     assert one.tokenizer.decode(y["ids"]) == THOUGHT + "<|im_end|>"
     for text, judged in ((THOUGHT, "4"), ("<think>\nwell", ""), ("so </think> 4", "so </think> 4"), ("4", "4")):
         assert one.sampled(one.tokens(text))["text"] == judged
-    begun = chat(tokenizer(THINK.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), IM, eos="<|im_end|>"))
+    begun = chat(tokenizer(OPENED, IM, eos="<|im_end|>"))
     assert [begun.sampled(begun.tokens(text))["text"] for text in ("so </think> 4", "so")] == ["4", ""]
+
+
+OPENED = THINK.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+HIDDEN = EACH + "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n" + END
+HIDDEN += ASK + "<|im_start|>assistant\n<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("template", [OPENED, HIDDEN])
+def test_a_thought_that_the_prompt_begins_belongs_to_the_prompt(template):
+    one = chat(tokenizer(template, IM, ["<think>", "</think>"], eos="<|im_end|>"))
+    y = one.response(turns("Hi"), THOUGHT, 99)
+    assert one.tokenizer.decode(one.prompt_ids(turns("Hi")) + y["ids"]) == ASKS + THOUGHT + "<|im_end|>"
+    assert y["text"] == "4" and one.sampled(y["ids"])["text"] == "4"
+    if template == OPENED:  # an answer without a thought ends the one that was begun
+        y = one.response(turns("Hi"), "4", 99)
+        assert one.tokenizer.decode(y["ids"]) == "\n</think>\n\n4<|im_end|>" and y["text"] == "4"
+    else:
+        with pytest.raises(Refused, match="with an answer that the chat template does not write"):
+            one.response(turns("Hi"), "4", 99)
+
+
+OWN = {"fields": {"thinking": {"open": "<|idea|>\n", "close": "<|done|>"}, "content": {"close_pattern": "x"}}}
+GPT_OSS = EACH + "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
+GPT_OSS += "{{ '<eos>' if loop.last and not add_generation_prompt else '<|end|>' }}" + END + ASK
+GPT_OSS += "<|start|>assistant{% endif %}"
+IDEA = "<|channel|>analysis<|message|>idea"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "sample", "judged"),
+    [
+        (CHATML, ["[THINK]", "[/THINK]"], "[THINK]idea[/THINK]4", "4"),
+        (CHATML, ["<seed:think>", "</seed:think>"], "<seed:think>idea</seed:think>4", "4"),
+        (CHATML, ["<|idea|>", "<|done|>"], "<|idea|>\nidea<|done|>\n4", "4"),
+        (GPT_OSS, ["<|channel|>", "<|message|>"], IDEA + "<|end|><|start|>assistant<|channel|>final<|message|>4", "4"),
+        (GPT_OSS, ["<|channel|>", "<|message|>"], "<|channel|>final<|message|>4", "4"),
+        (GPT_OSS, ["<|channel|>", "<|message|>"], IDEA, ""),
+    ],
+)
+def test_thoughts_of_other_marks_are_not_for_judges(template, tokens, sample, judged, tmp_path, capsys):
+    t = tokenizer(template, [*IM, "<|im_end|>", "<|start|>", "<|end|>", *tokens])
+    t.response_template = OWN if tokens[0] == "<|idea|>" else None
+    one = chat(t)
+    assert one.sampled(one.tokens(sample + one.end))["text"] == judged
+    answer = one.response(turns("Hi"), "4", 99)
+    assert answer["text"] == "4" and one.sampled(answer["ids"])["text"] == "4"
+    common.check_chat(
+        SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=one.stops)), saved(t, tmp_path), "m"
+    )
+    assert f"thoughts, from {tokens[0]}" in capsys.readouterr().out
+
+
+def saved(t, folder, **config):
+    """The tokenizer as it comes back from a folder whose tokenizer_config.json is changed to `config`."""
+    t.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_a_wrong_class_ends_the_run(tmp_path, capsys):
+    policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[]))
+    t = tokenizer(CHATML, IM, eos="<|im_end|>")  # whose words are not GPT-2's
+    wrong = saved(t, tmp_path, tokenizer_class="GPT2Tokenizer", backend=None)
+    said = stopped(capsys, common.check_chat, policy, wrong, "m")
+    assert "--model m: GPT2Tokenizer splits text otherwise than its tokenizer.json says; write" in said
+    t.backend_tokenizer.enable_truncation(4)
+    t.backend_tokenizer.enable_padding(length=64)
+    common.check_chat(policy, saved(t, tmp_path, tokenizer_class="PreTrainedTokenizerFast"), "m")
+
+
+def test_the_end_of_a_turn_may_stand_in_the_next_one():
+    glm = "[gMASK]" + EACH + "<|{{ m.role }}|>\n{{ m.content }}" + END + ASK + "<|assistant|>\n{% endif %}"
+    t = tokenizer(glm, ["<|user|>", "<|assistant|>", "[gMASK]"])
+    one = chat(t, t.convert_tokens_to_ids(["<|user|>"]))
+    y = one.response(turns("Hi"), "Hello", 99)
+    assert t.decode(one.prompt_ids(turns("Hi")) + y["ids"]) == "[gMASK]<|user|>\nHi<|assistant|>\nHello<|user|>"
+    assert y["finished"] and one.sampled(y["ids"]) == y
+
+
+def test_a_rope_that_changes_with_the_longest_row_allows_its_short_form_alone():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    assert common.max_length(Phi3Config(**sizes, original_max_position_embeddings=64, rope_scaling=rope)) == 64
+    assert common.max_length(Phi3Config(**sizes)) == 128
 
 
 def test_rows_are_left_out_and_counted_by_reason(capsys):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import unicodedata
 from types import SimpleNamespace
 
@@ -37,14 +38,14 @@ SYSTEM = {"role": "system", "content": "be brief"}
 TALK = [*user("q"), FINE, *user("and?")]
 TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
 ULTRA = [{"model": "falcon", "response": "bad"}, {"model": "gpt-4", "response": "fine"}]
-PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction, or chosen and rejected"
+PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "none of its rows can be used; wanted prompt, instruction, "
 
 
 @pytest.mark.parametrize(
     ("row", "prompt", "gold", "pair"),
     [
         ({"prompt": "q"}, user("q"), None, NONE),
-        ({"prompt": TALK, "other": 1}, TALK, None, NONE),
+        ({"prompt": TALK, "prompt_id": "1", "source": "web", "tools": "[]"}, TALK, None, NONE),
         ({"prompt": [SYSTEM, *user("q")], "gold": "fine"}, [SYSTEM, *user("q")], "fine", NONE),
         ({"prompt": TALK_TEXT}, TALK, None, NONE),
         ({"prompt": "Human: é\n☃"}, user("Human: é\n☃"), None, NONE),  # no transcript
@@ -59,6 +60,33 @@ PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction,
         ({"prompt": TALK_TEXT, **PAIR}, TALK, "fine", PAIR),
         ({"prompt": "q", **PAIR, "score_chosen": 7, "score_rejected": 3}, user("q"), "fine", {**PAIR, "gap": 4}),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, user("q"), "a", "none of its rows can be used"),
+        ({"system": "be brief", "question": "q", **PAIR}, [SYSTEM, *user("q")], "fine", PAIR),  # Orca's
+        ({"question_id": 81, "category": "writing", "turns": ["q", "and?"]}, user("q"), None, NONE),  # FastChat's
+        ({"question_id": "a", "cluster": "b", "turns": [{"content": "q"}]}, user("q"), None, NONE),  # Arena-Hard's
+        (
+            {"prompt": "q", "messages": [*user("q"), FINE], "chosen": [*user("q"), FINE], "rejected": "bad"},
+            user("q"),
+            "fine",
+            PAIR,
+        ),
+        (
+            json.dumps({"prompt": json.dumps(user("q")), "chosen": json.dumps([FINE]), "rejected": "bad"}),
+            user("q"),
+            "fine",
+            PAIR,
+        ),
+        (
+            {"prompt": "42", "chosen": '"so"', "rejected": "null"},
+            user("42"),
+            '"so"',
+            {"chosen": '"so"', "rejected": "null"},
+        ),
+        (
+            {"prompt": "[1]", "chosen": "2024-01-01", "rejected": "007"},
+            user("[1]"),
+            "2024-01-01",
+            {"chosen": "2024-01-01", "rejected": "007"},
+        ),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )
@@ -90,7 +118,17 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
         ({"prompt": [{"role": "user", "content": None}]}, "with a message that is not text"),
         ({"prompt": [{"role": "user", "content": IMAGE}]}, "with a message that is not text"),
         ({"prompt": "q", "images": ["a.png"]}, "with images"),
-        ({"prompt": "q", "input": "about x"}, "with instruction, input or context beside prompt"),
+        ({"prompt": "q", "chat_template_kwargs": {"enable_thinking": False}}, "with chat_template_kwargs"),
+        ({"prompt": "q", "history": [["a", "b"]]}, "with history"),
+        ({"prompt": "q", "context": "about x"}, "with context"),
+        ({"prompt": [{**user("q")[0], "name": "Ann"}]}, "with name"),
+        ({"prompt": "q", "chosen": [{**FINE, "function_calls": "f()"}]}, "with function_calls"),
+        ({"prompt": "q", "messages": user("another")}, "with messages that do not begin with its prompt"),
+        ({"prompt": 42}, "with a message that is not text"),
+        ({"prompt": "half \ud83d"}, "of no known shape: UnicodeEncodeError in"),
+        ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}]}, "with a message that is not text"),
+        ("null", "of no known shape: no JSON object in UTF-8"),
+        ({"prompt": "q", "input": "about x"}, "with another question beside its prompt"),
         ({"prompt": "q", "system": "a", "system_prompt": "b"}, "with two system turns"),
         ({"prompt": [SYSTEM, *user("q")], "system": "another"}, "with two system turns"),
         ({"prompt": "q", "chosen": [FINE, *user("and?"), BAD], "rejected": "bad"}, "not the assistant's one turn"),
@@ -102,7 +140,7 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
 )
 def test_what_would_be_lost_is_left_out_and_counted_by_name(tmp_path, capsys, row, reason):
     good = {"prompt": "good", "chosen": "fine", "rejected": "bad"}
-    path = write(tmp_path / "p.jsonl", good, {"chosen": "a", "rejected": "b"} | row)
+    path = write(tmp_path / "p.jsonl", good, {"chosen": "a", "rejected": "b"} | row if isinstance(row, dict) else row)
     assert [pair["prompt"] for pair in load_pairs(path)] == [user("good")]
     assert "1 of 2 left out: " in (said := capsys.readouterr().out) and reason in said
 
@@ -113,12 +151,9 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "t
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"instruction": "q", "system": "be brief", "tools": []}, [SYSTEM, *user("q")]),
+        ({"instruction": "q", "system": "be brief", "tools": [], "kwargs": {"a": None}}, [SYSTEM, *user("q")]),
         ({"prompt": TALK, "system_prompt": "be brief"}, [SYSTEM, *TALK]),
         ({"prompt": [SYSTEM, *user("q")], "system": "be brief"}, [SYSTEM, *user("q")]),
-        ({"instruction": "and?", "history": [["q", "fine"]], "system": "be brief"}, [SYSTEM, *TALK]),
-        ({"prompt": "and?", "history": [*user("q"), FINE]}, TALK),
-        ({"instruction": "q", "context": "about x"}, user("q\n\nabout x")),
         ({"prompt": "5", "system": "5"}, [{"role": "system", "content": "5"}, *user("5")]),
         ({"prompt": "q", "instruction": "q"}, user("q")),
         ({"prompt": PARTS}, user("q!")),
@@ -155,6 +190,41 @@ def test_files_of_all_kinds_hold_the_same_and_a_folder_has_splits(tmp_path, monk
     for name in ("evol_instruct", "truthful_qa"):
         write(tmp_path / "clone" / f"{name}.jsonl", {"instruction": name})
     assert load_prompts("clone") == [user("evol_instruct"), user("truthful_qa")]
+
+
+def test_what_a_file_holds_is_read_line_by_line_and_each_time_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(
+        b'{"prompt": "a"}\n{"prompt": "\xe9"}\nnull\n[1]\n{"prompt"\n\n{"prompt": "b", "system": "late"}\n'
+    )
+    assert [prompt[-1]["content"] for prompt in load_prompts("p.jsonl")] == ["a", "b"]
+    assert "p.jsonl: 4 of 6 left out: of no known shape: no JSON object in UTF-8" in capsys.readouterr().out
+    (tmp_path / "folder").mkdir()
+    for text in ("old", "new"):
+        for name in ("p.jsonl", "folder/train.jsonl"):
+            write(tmp_path / name, {"prompt": text})
+            os.utime(name, (1e9, 1e9))
+        datasets.Dataset.from_list([{"prompt": text}]).to_parquet("p.parquet")
+        os.utime("p.parquet", (1e9, 1e9))
+        assert load_prompts("p.jsonl") == load_prompts("folder") == load_prompts("p.parquet") == [user(text)]
+    (tmp_path / "one.json").write_text(json.dumps({"prompt": "q"}, indent=1))
+    assert load_prompts("one.json") == [user("q")]
+    for name in ("p.jsonl", "p.parquet"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        assert f"{name} is a Git LFS pointer: run git lfs pull" in stopped(capsys, load_prompts, name)
+
+
+def test_a_configuration_of_a_dataset_is_named_before_its_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in "ab":
+        write(tmp_path / f"d/{name}.jsonl", {"prompt": name})
+    configs = "".join(f"- config_name: {x}\n  data_files:\n  - split: s\n    path: {x}.jsonl\n" for x in "ab")
+    (tmp_path / "d/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert load_prompts("d:b:s") == [user("b")]
+    assert "NAME:config:split" in (said := stopped(capsys, load_prompts, "d:s")) and "['a', 'b']" in said
+    assert "no split train, but s" in stopped(capsys, load_prompts, "d:a:train")
 
 
 def test_digit_prompts_are_different_and_belong_to_their_seed():

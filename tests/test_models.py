@@ -121,6 +121,13 @@ def test_what_others_put_into_a_folder(tmp_path, tokenizer, capsys):
     assert "it is an adapter, as of LoRA; merge it" in stopped(capsys, load_policy, tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, tokenizer, capsys, name):
+    save_policy(build(), tokenizer, tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4943162336\n")
+    assert f"{name} is a Git LFS pointer: run git lfs pull" in stopped(capsys, load_policy, tmp_path)
+
+
 def test_tiny_is_a_folder_as_others_and_is_made_once(workdir, tiny):
     files = {file.name: file.stat().st_mtime_ns for file in tiny.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < files.keys()
