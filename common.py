@@ -249,12 +249,13 @@ def micro_batches(policy, pairs, max_tokens):
     most = SLOPE_BYTES[weight.device.type] // (weight.dtype.itemsize * len(weight))  # response tokens
     batches, answered = [], 0
     for pair in sorted(pairs, key=padded_tokens)[RANK::RANKS]:
-        n = sum(len(y["ids"]) for y in pair["responses"])
-        if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + n > most:
+        ids = [i for y in pair["responses"] for i in y["ids"]]
+        require(0 <= min(ids) <= max(ids) < len(weight), "a response has ids that are not in the model's vocabulary")
+        if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + len(ids) > most:
             batches.append([])
             answered = 0
         batches[-1].append(pair)
-        answered += n
+        answered += len(ids)
     return batches
 
 
@@ -362,17 +363,17 @@ def attend_torch(query, keys, values, pos, scale, softcap, window):
     return (scores.softmax(-1) @ values[:, :, :last].to(wide)).to(query.dtype)
 
 
-def decode_attention(module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **more):
+def decode_attention(_, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **more):
     """Attention of one new token per row, with transformers' interface: query (S, heads, 1, D) -> (S, 1, heads, D).
 
-    key, value: (S, kv heads, capacity, D). mask: the rows' positions (S, 1, 1, 1); transformers leaves 4-D masks alone.
+    key, value: (S, kv heads, capacity, D). attention_mask: the rows' positions (S, 1, 1, 1), left alone as it is 4-D.
     """
-    if any(more.get(name) is not None for name in ("s_aux", "position_bias")):
-        raise ValueError("attention with sinks or biases")
+    if attention_mask.shape[1:] != (1, 1, 1) or any(more.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise ValueError("attention with sinks, biases or a mask of its own")
     (rows, heads, _, dim), kv_heads, capacity = query.shape, *key.shape[1:3]
     attend = attend_triton if triton and query.is_cuda else attend_torch
     query, scale = query.reshape(rows, kv_heads, heads // kv_heads, dim), scaling or dim**-0.5
-    out = attend(query, key, value, mask, scale, softcap or 0.0, sliding_window or capacity)
+    out = attend(query, key, value, attention_mask, scale, softcap or 0.0, sliding_window or capacity)
     return out.reshape(rows, 1, heads, dim), None
 
 
@@ -396,11 +397,15 @@ def slot_bytes(config, length, size):
 
 
 def free_memory(device):
-    """Free bytes on the GPU, or this process's share of the machine's RAM."""
+    """Free bytes on the GPU, or this process's share of the RAM that is available and that its cgroup may use."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, cgroup = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup/memory"
+    for file, unit in (("/proc/meminfo", 1024), (f"{cgroup}.max", 1), (f"{cgroup}/memory.limit_in_bytes", 1)):
+        with contextlib.suppress(OSError, TypeError):  # no such file, or no number in it
+            free = min(free, unit * int(re.search(r"(?:MemAvailable: *|^)(\d+)", Path(file).read_text())[1]))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def capture(step, device):
