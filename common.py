@@ -1300,7 +1300,7 @@ def load_policy(name, device="cpu", checkpointing=False):
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2's scores, by eager alone
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    settings |= {"config": config, "attn_implementation": "eager" if capped else "sdpa"}  # whatever config.json says
+    settings |= {"config": config, "attn_implementation": "eager" if capped else None}  # None: not config.json's
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
@@ -2003,12 +2003,12 @@ def cli(main, args_class, recipes, description, argv=None):
             if not args.dry_run:
                 main(args)
         except (RuntimeError, MemoryError, SafetensorError) as error:
-            what = f"{type(error).__name__}: {error}"
+            what = str(error).split(". Tried")[0][:200] or "out of memory"
             require("non-finite" not in what, "a gradient is not finite; lower --learning_rate")
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in what
-            require(not memory, f"{what[:150]}; go on with --resume and lower --slots or --micro_tokens")
+            require(not memory, f"{what}; go on with --resume and lower --slots or --micro_tokens")
             disk = isinstance(error, SafetensorError) or "inline_container" in what  # inside torch.save
-            require(not disk, f"{what[:150]}; make room on the disk, then --resume")
+            require(not disk, f"{what}; make room on the disk, then --resume")
             raise
         finally:
             if not RANK and not args.resume and not list(run.glob("iter_*")):
