@@ -46,6 +46,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
@@ -250,12 +251,13 @@ def micro_batches(policy, pairs, max_tokens):
     most = SLOPE_BYTES[weight.device.type] // (weight.dtype.itemsize * len(weight))  # response tokens
     batches, answered = [], 0
     for pair in sorted(pairs, key=padded_tokens)[RANK::RANKS]:
-        n = sum(len(y["ids"]) for y in pair["responses"])
-        if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + n > most:
+        ids = [i for y in pair["responses"] for i in y["ids"]]
+        require(0 <= min(ids) <= max(ids) < len(weight), "a response has ids that are not in the model's vocabulary")
+        if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + len(ids) > most:
             batches.append([])
             answered = 0
         batches[-1].append(pair)
-        answered += n
+        answered += len(ids)
     return batches
 
 
@@ -363,17 +365,17 @@ def attend_torch(query, keys, values, pos, scale, softcap, window):
     return (scores.softmax(-1) @ values[:, :, :last].to(wide)).to(query.dtype)
 
 
-def decode_attention(module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **more):
+def decode_attention(_, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **more):
     """Attention of one new token per row, with transformers' interface: query (S, heads, 1, D) -> (S, 1, heads, D).
 
-    key, value: (S, kv heads, capacity, D). mask: the rows' positions (S, 1, 1, 1); transformers leaves 4-D masks alone.
+    key, value: (S, kv heads, capacity, D). attention_mask: the rows' positions (S, 1, 1, 1), left alone as it is 4-D.
     """
-    if any(more.get(name) is not None for name in ("s_aux", "position_bias")):
-        raise ValueError("attention with sinks or biases")
+    if attention_mask.shape[1:] != (1, 1, 1) or any(more.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise ValueError("attention with sinks, biases or a mask of its own")
     (rows, heads, _, dim), kv_heads, capacity = query.shape, *key.shape[1:3]
     attend = attend_triton if triton and query.is_cuda else attend_torch
     query, scale = query.reshape(rows, kv_heads, heads // kv_heads, dim), scaling or dim**-0.5
-    out = attend(query, key, value, mask, scale, softcap or 0.0, sliding_window or capacity)
+    out = attend(query, key, value, attention_mask, scale, softcap or 0.0, sliding_window or capacity)
     return out.reshape(rows, 1, heads, dim), None
 
 
@@ -397,11 +399,15 @@ def slot_bytes(config, length, size):
 
 
 def free_memory(device):
-    """Free bytes on the GPU, or this process's share of the machine's RAM."""
+    """Free bytes on the GPU, or this process's share of the RAM that is available and that its cgroup may use."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, cgroup = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup/memory"
+    for file, unit in (("/proc/meminfo", 1024), (f"{cgroup}.max", 1), (f"{cgroup}/memory.limit_in_bytes", 1)):
+        with contextlib.suppress(OSError, TypeError):  # no such file, or no number in it
+            free = min(free, unit * int(re.search(r"(?:MemAvailable: *|^)(\d+)", Path(file).read_text())[1]))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def capture(step, device):
@@ -1410,34 +1416,54 @@ def load_policy(name, device="cpu", checkpointing=False):
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2's scores, by eager alone
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    settings["attn_implementation"] = "eager" if capped else "sdpa"  # whatever its config.json says
+    settings |= {"config": config, "attn_implementation": "eager" if capped else None}  # None: not config.json's
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
+        policy.to(device).eval()  # dropout has no place in any log-prob here
+        if (Path(path) / "master.remainders").exists():
+            read_remainders(policy, Path(path))
     except Exception as error:
-        raise UserError(
-            f"--model {name}: tokenizer or weights (in safetensors) cannot be loaded: {error}"[:400]
-        ) from error
+        raise UserError(f"--model {name}: tokenizer or weights (in safetensors) not loaded: {error}"[:400]) from error
     missing = sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])})  # filled at random
     require(not missing, f"--model {name}: not a whole causal LM, it lacks {', '.join(missing[:3])}")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no EOS, so no answer could end")
     size = policy.get_input_embeddings().num_embeddings
     require(len(tokenizer) <= size, f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {size}")
-    policy.to(device).eval()  # dropout has no place in any log-prob here
     # cuDNN's attention gives NaN gradients in bf16 at some lengths on Hopper GPUs (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if (Path(path) / "master.remainders").exists():
-        remainders = load_file(Path(path) / "master.remainders", device=str(policy.device))  # "cuda" would be cuda:0
-        for n, p in policy.named_parameters():
-            if p.dtype == torch.float32:
-                p.data = join_master(p.data.bfloat16(), remainders[n])
-            else:
-                p.master_remainder = remainders[n]
     check_architecture(policy, name)
     check_chat(policy, tokenizer, name)
+    # As if loaded so: a changed one, as by Chat, could not be saved with a temperature but without do_sample.
+    policy.generation_config._original_object_hash = hash(policy.generation_config)
     if checkpointing:
         use_checkpointing(policy)
     return policy, tokenizer
+
+
+def weights_mark(folder):
+    """A hash of the names, the sizes and 64 bytes of every tensor in the .safetensors files of a folder."""
+    mark = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            mark.update(header)
+            for begin, end in re.findall(rb'"data_offsets": *\[(\d+), *(\d+)\]', header):
+                file.seek(8 + len(header) + (int(begin) + int(end)) // 2)
+                mark.update(file.read(64))
+    return mark.hexdigest()
+
+
+def read_remainders(policy, folder):
+    """Restore the float32 master from the folder's master.remainders, unless another tool wrote the weights there."""
+    with safe_open(folder / "master.remainders", "pt", str(policy.device)) as file:  # "cuda" would be cuda:0
+        if (file.metadata() or {}).get("weights") != weights_mark(folder):
+            return print(f"{folder}/master.remainders is not used: the weights beside it are of another tool")
+        for n, p in policy.named_parameters():
+            if p.dtype == torch.float32:
+                p.data = join_master(p.data.bfloat16(), file.get_tensor(n))
+            else:
+                p.master_remainder = file.get_tensor(n)
 
 
 @torch.no_grad()
@@ -1448,6 +1474,8 @@ def check_architecture(policy, name):
     known = types <= {"full_attention", "sliding_attention"} and policy._can_set_attn_implementation()
     wanted = "only full and sliding attention through transformers' AttentionInterface"
     require(known, f"--model {name}: not supported: {wanted}, not {sorted(types) or 'its own'}")
+    kept = [n for n, p in policy.named_parameters() if p.dtype != policy.dtype]
+    require(not kept, f"--model {name}: not supported in bf16: {kept[:1]} stays in float32")
     plain = getattr(policy.get_output_embeddings(), "bias", None) is None and policy.base_model is not policy
     require(plain, f"--model {name}: its head is more than a linear layer with scale and soft-cap: not supported")
     n = min(130, (getattr(config, "max_position_embeddings", None) or 134) - 4)  # more than two blocks of keys
@@ -1465,8 +1493,8 @@ def check_architecture(policy, name):
             logp, tolerance = (picked - logits.logsumexp(1)).sum(), noise * logits.abs().max().item()
             right &= (logits.amax(1) - picked).max().item() < tolerance
             right &= abs((response_logps(policy, [x], [y]) - logp).item()) < tolerance
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise UserError(f"--model {name}: its architecture is not supported ({error})"[:400]) from error
+    except Exception as error:  # a model's code raises what it wants to
+        raise UserError(f"--model {name}: its attention or cache is not supported ({error})"[:400]) from error
     finally:
         for x, window in zip(windowed, windows, strict=True):
             x.sliding_window = window
@@ -1479,10 +1507,21 @@ def save_policy(policy, tokenizer, folder):
         return
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # what a kill left
     policy.save_pretrained(part)
     tokenizer.save_pretrained(part)
     if master_remainders(policy):
-        save_file(master_remainders(policy), part / "master.remainders")
+        save_file(master_remainders(policy), part / "master.remainders", {"weights": weights_mark(part)})
+    # For tools with transformers 4, which reads other fields: without rope_theta it would compute with 10,000.
+    config = json.loads((part / "config.json").read_text())
+    if "rope_theta" in (rope := config.get("rope_parameters") or {}):  # the same in all layers
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer.is_fast:
+        text = (part / "tokenizer_config.json").read_text("utf-8")
+        text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
+        text = re.sub('"tokenizer_class": ".*"', '"tokenizer_class": "PreTrainedTokenizerFast"', text)
+        (part / "tokenizer_config.json").write_text(text, "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
@@ -1491,43 +1530,46 @@ class Checkpoint:
     """Everything that training needs to resume bit for bit: weights and their master, optimiser, schedule, steps."""
 
     def __init__(self, file, policy, optimizer, scheduler, minutes):
-        self.file, self.minutes, self.saved = file, minutes, time.time()
+        self.file, self.minutes, self.saved = file, minutes, time.monotonic()
         self.parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
 
     def load(self):
         """Restore what was saved. Returns the rows of the steps that were done, [] if there is no file."""
         if not self.file.exists():
             return []
-        state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        return state["steps"]
+        try:
+            state = torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)  # no second copy on the GPU
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            return state["steps"]
+        except Exception as error:
+            why = f"damaged, or of another run ({str(error)[:200]})"
+            require(isinstance(error, torch.OutOfMemoryError), f"{self.file}: {why}; remove it, then --resume")
+            raise
 
     def save(self, steps, now=False):
         """Write the file if the last one is at least `minutes` old, or if `now`."""
-        if RANK or (not now and time.time() - self.saved < 60 * self.minutes):
+        if RANK or (not now and time.monotonic() - self.saved < 60 * self.minutes):
             return
         state = {"steps": steps, **{name: part.state_dict() for name, part in self.parts.items()}}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, f"{self.file}.part")
         os.replace(f"{self.file}.part", self.file)
-        self.saved = time.time()
+        self.saved = time.monotonic()
+
+
+def recompute(forward, *args, **kwargs):
+    """Call forward; for a backward pass keep only its inputs and call it again then."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def use_checkpointing(policy):
     """Keep only each layer's input for backward and recompute the rest: a third more work, far less memory."""
-
-    def recomputed(forward):
-        def call(*args, **kwargs):
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-        return call
-
     for layer in policy.modules():  # transformers' own switch needs policy.train(), which would turn dropout on
         if isinstance(layer, transformers.GradientCheckpointingLayer):
-            layer.forward = recomputed(layer.forward)
+            layer.forward = partial(recompute, layer.forward)
 
 
 def make_tiny(folder=CACHE / "tiny", steps=300):
@@ -1535,9 +1577,11 @@ def make_tiny(folder=CACHE / "tiny", steps=300):
 
     It is trained on noisy answers, and on clean ones when the prompt starts with "100/100: ", the p of sr_dpo.py.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)  # says now, not after training, that it cannot be written
+    lock = open(f"{folder}.lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until this returns, or is killed: one process makes it, others wait
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)  # says now, not after training, that it cannot be written
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *map(chr, range(32, 127))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.decoder = tokenizers.decoders.Fuse()
@@ -1828,8 +1872,7 @@ def start_run(args, main):
         facts = {"script": file.stem, "replaced": replaced_functions(main), "versions": versions}
         write_json(run / "config.json", vars(args) | facts)
     config, path = load_config(args.model)
-    starts = [file.open("rb").read(2**20).hex() for file in sorted(Path(path).glob("*.safetensors"))]
-    theirs = config.to_json_string(), getattr(config, "_commit_hash", None), starts
+    theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
     check_fingerprint(args, f"--model {args.model}", theirs)
     fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"]]
     check_fingerprint(args, "a flag in its config.json", [getattr(args, name) for name in fixed])
@@ -1921,7 +1964,8 @@ def check_fingerprint(args, what, value):
         config = read_config(folder)
         mark = digest(value)
         known = config.setdefault("fingerprints", {}).setdefault(what, mark)
-        require(known == mark, f"--resume {folder}: {what} has changed since the run began; start a new one")
+        remedy = "copy that run's runs/.cache/tiny here" if what == "--model tiny" else "start a new one"
+        require(known == mark, f"--resume {folder}: {what} has changed since the run began; {remedy}")
         write_json(folder / "config.json", config)
 
 
@@ -2021,22 +2065,28 @@ def check_fit(args):
     if args.model == "tiny":
         from_rank0(make_tiny)  # which the others then find
     config, _ = load_config(args.model)
-    with torch.device("meta"):
-        n = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    c, cuda = config.get_text_config(), args.device == "cuda"
-    width, layers, vocab, size = c.hidden_size, c.num_hidden_layers, c.vocab_size, 2 if cuda else 4
+    c, size = config.get_text_config(), 2 if args.device == "cuda" else 4
     length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
+    try:
+        with torch.device("meta"):
+            n = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+        width, layers, vocab, slot = c.hidden_size, c.num_hidden_layers, c.vocab_size, slot_bytes(config, length, size)
+        layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
+    except Exception as error:
+        raise UserError(f"--model {args.model}: not supported: no plain decoder ({error})"[:400]) from error
     positions = max_length(config)
     require(length <= positions, f"{flags} are {length}, --model {args.model} has {positions} positions: lower these")
-    layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
     tokens = max(args.micro_tokens, 2 * length)
     slopes = max(min(tokens * vocab * size, SLOPE_BYTES[args.device]), 2 * args.max_new_tokens * vocab * size)
     weights = 4 * n  # in bf16 with the other half of the master, or in float32
-    sampling = (weights + slot_bytes(config, length, size)) / 1e9
+    sampling = (weights + slot) / 1e9
     training = (weights + 2 * size * n + tokens * kept + slopes) / 1e9
-    disk = (getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)) / 1e9  # checkpoint, the next beside it
-    have, free = free_memory(args.device) / 1e9, shutil.disk_usage(".").free / 1e9
+    disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # two: a checkpoint, the next beside it
+    run = run_folder(args)
+    disk -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())  # what --resume finds
+    folder = next(folder for folder in (run, *run.parents) if folder.exists())
+    have, free, disk = free_memory(args.device) / 1e9, shutil.disk_usage(folder).free / 1e9, max(0, disk) / 1e9
     memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} available"
     print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
     larger = "take a smaller --model or a larger GPU"
@@ -2153,11 +2203,13 @@ def cli(main, args_class, recipes, description, argv=None):
             check_fit(args)
             if not args.dry_run:
                 main(args)
-        except torch.OutOfMemoryError as error:
-            what = str(error).split(". ")[0]
-            raise UserError(f"{what}; go on with --resume and lower --slots or --micro_tokens") from error
-        except RuntimeError as error:
-            require("non-finite" not in str(error), "a gradient is not finite; lower --learning_rate")
+        except (RuntimeError, MemoryError, SafetensorError) as error:
+            what = str(error).split(". Tried")[0][:200] or "out of memory"
+            require("non-finite" not in what, "a gradient is not finite; lower --learning_rate")
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in what
+            require(not memory, f"{what}; go on with --resume and lower --slots or --micro_tokens")
+            disk = isinstance(error, SafetensorError) or "inline_container" in what  # inside torch.save
+            require(not disk, f"{what}; make room on the disk, then --resume")
             raise
         finally:
             if run.resolve() in LOCKS and not args.resume and not list(run.glob("iter_*")):

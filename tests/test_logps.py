@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import stopped
 from transformers import GPT2Config, LlamaConfig
 
 import common
@@ -231,3 +232,9 @@ def test_micro_batches_hold_every_pair_once_within_both_budgets(max_tokens, most
     over = lambda part: sizes(part, name)[0] > max_tokens or sizes(part, name)[1] > most  # noqa: E731
     assert all(len(part) == 1 or not over(part) for part in batches)
     assert all(over([*part, later[0]]) for part, later in itertools.pairwise(batches)), "none is needlessly small"
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_ids_outside_the_vocabulary_are_refused(bad, capsys):
+    pair = {"prompt_ids": [1], "responses": [{"ids": [2, 3]}, {"ids": [4, bad]}]}
+    assert "not in the model's vocabulary" in stopped(capsys, micro_batches, llama(), [pair], 100)

@@ -1,14 +1,19 @@
 """Models on disk: load, save, checkpoint, refusals."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import save_file
-from steps import stopped
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from steps import cli, stopped
 
 import common
+import sppo
+import test_architectures
 import test_generate
 from common import as_messages, load_policy, response_logps, save_policy
 
@@ -80,12 +85,110 @@ def test_the_float32_master_of_bf16_weights_comes_back_to_the_bit(tmp_path, toke
     assert same_bits(load_policy(tmp_path)[0], build().bfloat16().float())
 
 
+def test_remainders_that_belong_to_other_weights_are_not_used(tmp_path, tokenizer, capsys):
+    policy = build().bfloat16()
+    train(policy, tmp_path / "none", minutes=1000)
+    save_policy(policy, tokenizer, tmp_path / "mine")
+    theirs = {name: x.float() + 1e-4 for name, x in load_file(tmp_path / "mine/model.safetensors").items()}
+    save_file(theirs, tmp_path / "mine/model.safetensors", metadata={"format": "pt"})  # as another trainer
+    again = load_policy(tmp_path / "mine")[0]
+    assert all(torch.equal(p, theirs[name]) for name, p in again.named_parameters())
+    assert "mine/master.remainders is not used: the weights beside it are of another tool" in capsys.readouterr().out
+
+
+def test_the_mark_of_weights_sees_every_tensor(tmp_path):
+    weights = {name: torch.zeros(300, 300) for name in "abc"}
+    marks = set()
+    for name in ("", *weights):
+        save_file(weights | ({name: torch.ones(300, 300)} if name else {}), tmp_path / "model.safetensors")
+        marks.add(common.weights_mark(tmp_path))
+    assert len(marks) == 4
+
+
+def test_a_saved_policy_has_the_fields_that_transformers_4_reads(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"extra_special_tokens": ["~"]})
+    (tmp_path / "final.part").mkdir()
+    (tmp_path / "final.part/.tmpA1").touch()  # safetensors' own, of a kill
+    for rope in (
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 7e5, "factor": 2.0},
+    ):
+        policy = build(rope_parameters=rope)
+        save_policy(policy, tokenizer, tmp_path / "final")
+        config, words = (json.loads((tmp_path / f"final/{x}config.json").read_text()) for x in ("", "tokenizer_"))
+        assert config["rope_theta"] == rope["rope_theta"] and config["rope_parameters"] == rope
+        assert config["rope_scaling"] == (rope if "factor" in rope else None)
+        assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and words["additional_special_tokens"] == ["~"]
+        again, theirs = load_policy(tmp_path / "final")
+        assert again.config.rope_parameters == rope and theirs("1~").input_ids == tokenizer("1~").input_ids
+        assert "extra_special_tokens" not in words and "~" in theirs.all_special_tokens
+    assert not list((tmp_path / "final").glob(".tmp*"))
+
+
+def test_what_was_loaded_can_be_saved_though_its_stop_ids_changed(tmp_path, tokenizer):
+    """transformers checks strictly what was changed: no temperature without do_sample."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ '~' if m.role == 'assistant' }}{% endfor %}"
+    tokenizer.add_special_tokens({"extra_special_tokens": ["~"]})
+    save_policy(build(), tokenizer, tmp_path / "model")
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+    save_policy(*load_policy(tmp_path / "model"), tmp_path / "final")
+    saved = json.loads((tmp_path / "final/generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"]) == (0.6, 0.9) and len(saved["eos_token_id"]) == 2
+
+
+def test_routers_that_stay_float32_in_bf16_are_refused_at_load(tmp_path, capsys):
+    test_architectures.build("glm4_moe").save_pretrained(tmp_path)
+    policy = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    said = stopped(capsys, common.check_architecture, policy, "x")
+    assert "--model x: not supported in bf16: ['model.layers.1.mlp.gate.weight'] stays in float32" in said
+
+
+@pytest.mark.parametrize("damage", ["torn", "text", "other"])
+def test_a_damaged_or_foreign_checkpoint_is_one_line(damage, tmp_path, capsys):
+    file = tmp_path / "checkpoint.pt"
+    train(build(**({"hidden_size": 64} if damage == "other" else {})), file, minutes=0, until=1)
+    if damage != "other":
+        file.write_bytes(file.read_bytes()[:-9000] if damage == "torn" else b"no checkpoint")
+    said = stopped(capsys, train, build(), file, minutes=1000)
+    assert f"{file}: damaged, or of another run (" in said and said.endswith("remove it, then --resume")
+
+
+def test_the_clock_of_checkpoints_cannot_be_set_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    train(build(), tmp_path / "checkpoint.pt", minutes=1e-9, until=1)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "make room on the disk",
+        ),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room on the disk"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --slots or --micro_tokens"),
+        (MemoryError(), "out of memory; go on with --resume and lower"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_or_no_memory_is_one_line(error, words, workdir, monkeypatch, capsys):
+    """The words of torch and safetensors on a full file system of 1 MiB, and of torch's allocator under a limit."""
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(sppo, "load_judge", fail)
+    assert words in stopped(capsys, cli, sppo, "--name", "x")
+
+
 @pytest.mark.parametrize(
     ("model", "damage", "words"),
     [
         ({}, "config.json", "its config.json cannot be loaded"),
         ({}, "tokenizer*", "tokenizer or weights"),
-        ({}, "model.safetensors", "weights (in safetensors) cannot be loaded"),  # a pickle is there, which may run code
+        ({}, "model.safetensors", "weights (in safetensors) not loaded"),  # a pickle is there, which may run code
         ({}, {"lm_head.weight": None}, "it lacks lm_head.weight"),  # transformers would fill this one at random
         ({}, {"model.norm.weight": torch.ones(3)}, "it lacks ('model.norm.weight'"),
         ({"eos_token": None}, None, "its tokenizer has no EOS"),
@@ -112,7 +215,8 @@ def test_what_others_put_into_a_folder(tmp_path, tokenizer, capsys):
     policy = build()
     save_policy(policy, tokenizer, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    flash = dict.fromkeys(["attn_implementation", "_attn_implementation"], "flash_attention_2")
+    (tmp_path / "model/config.json").write_text(json.dumps(config | flash))
     loaded = load_policy(tmp_path / "model")
     assert capsys.readouterr().out == ""
     save_policy(*loaded, tmp_path / "final")
@@ -139,3 +243,11 @@ def test_tiny_is_a_folder_as_others_and_is_made_once(workdir, tiny):
     torch.manual_seed(1)  # which making it does not read
     first, second = (common.make_tiny(workdir / name, steps=2) / "model.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_tiny_is_made_by_one_process_at_a_time(tmp_path, monkeypatch):
+    saved, save = [], common.save_policy
+    monkeypatch.setattr(common, "save_policy", lambda *args: (saved.append(args[-1]), save(*args)))
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(common.make_tiny, tmp_path / "tiny", steps=2).result for _ in range(2)]
+        assert [result() for result in made] == 2 * [tmp_path / "tiny"] and len(saved) == 1

@@ -11,6 +11,7 @@ import common
 import dno
 import sppo
 import sr_dpo
+import test_architectures
 from test_logps import PROMPTS, RESPONSES, llama
 
 MISTRAL = {"model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -76,3 +77,32 @@ def test_checkpointing_recomputes_and_changes_nothing():
         common.response_logps(policy, PROMPTS, RESPONSES).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "mamba", "rwkv", "t5"])
+def test_any_configuration_is_read_or_refused_in_one_line(family, tmp_path, capsys):
+    test_architectures.small_config(family).save_pretrained(tmp_path)
+    said = stopped(capsys, common.check_fit, sppo.Args(model=str(tmp_path)))
+    assert f"--model {tmp_path}: not supported: no plain decoder (" in said
+
+
+def test_resume_asks_only_for_the_disk_that_is_missing_where_the_run_is(workdir, seven_b, monkeypatch, capsys):
+    on(monkeypatch, 80)
+    asked, free = [], common.shutil.disk_usage
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: (asked.append(path), free(path))[1])
+    args = sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", "resume": "runs/x"})
+    (workdir / "runs/x/iter_1").mkdir(parents=True)
+    for size, disk in ((0, 173.8), (29 * 10**9, 144.8)):
+        with open(workdir / "runs/x/iter_1/policy", "wb") as file:
+            file.truncate(size)  # takes no disk
+        common.check_fit(args)
+        assert f"; {disk} of disk" in capsys.readouterr().out
+    assert {str(path) for path in asked} == {"runs/x"}
+
+
+def test_available_memory_is_the_least_of_what_is_free_and_what_a_container_may_use(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:   5000 kB\n"}
+    monkeypatch.setattr(common.Path, "read_text", lambda self: files.get(str(self)) or (self / "none").open())
+    for name, text, free in (("", "", 5_120_000), (".max", "max\n", 5_120_000), (".max", "4000000\n", 4_000_000)):
+        files[f"/sys/fs/cgroup/memory{name}"] = text
+        assert common.free_memory("cpu") == free
