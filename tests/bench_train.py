@@ -21,7 +21,6 @@ import random
 import tempfile
 import warnings
 from functools import cache, partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -102,7 +101,7 @@ CONTESTANTS |= {"TRL, all pairs at once": trl, "TRL, a few, by length": partial(
 @cache
 def letters():
     """The tokenizer of `tiny`: a character a token."""
-    return transformers.AutoTokenizer.from_pretrained(common.make_tiny(Path(tempfile.mkdtemp()) / "tiny", steps=1))
+    return transformers.AutoTokenizer.from_pretrained(common.MODELS["tiny"])
 
 
 def inputs():

@@ -18,15 +18,13 @@ torch.set_num_threads(1)  # tensors are tiny here: a second thread only waits, a
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The folder of a `tiny` that was trained for a fifth of the steps: a start, not a good one."""
-    return common.make_tiny(tmp_path_factory.mktemp("cache") / "tiny", steps=60)
+def tiny():
+    """The folder of `tiny`."""
+    return Path(common.MODELS["tiny"])
 
 
 @pytest.fixture
-def workdir(tmp_path, monkeypatch, tiny):
-    """An empty working folder in which --model tiny is there already."""
-    (tmp_path / common.CACHE).mkdir(parents=True)
-    (tmp_path / common.CACHE / "tiny").symlink_to(tiny)
+def workdir(tmp_path, monkeypatch):
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -194,7 +194,7 @@ def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):
 
 def test_dry_run_says_what_it_takes_and_writes_nothing(workdir, capsys):
     cli(sppo, "--dry_run")
-    assert "GB to sample" in capsys.readouterr().out and list((workdir / "runs").iterdir()) == [workdir / common.CACHE]
+    assert "GB to sample" in capsys.readouterr().out and not (workdir / "runs").exists()
 
 
 # Tracking ------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
+from make_tiny import make_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from steps import cli, stopped
@@ -241,13 +241,5 @@ def test_tiny_is_a_folder_as_others_and_is_made_once(workdir, tiny):
     prompt = common.Chat(policy, tokenizer).prompt_ids(as_messages("3142"))
     assert tokenizer.decode(prompt) == "<s>3142="  # it ends where the answer begins
     torch.manual_seed(1)  # which making it does not read
-    first, second = (common.make_tiny(workdir / name, steps=2) / "model.safetensors" for name in "ab")
+    first, second = (make_tiny(workdir / name, steps=2) / "model.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
-
-
-def test_tiny_is_made_by_one_process_at_a_time(tmp_path, monkeypatch):
-    saved, save = [], common.save_policy
-    monkeypatch.setattr(common, "save_policy", lambda *args: (saved.append(args[-1]), save(*args)))
-    with ThreadPoolExecutor(2) as pool:
-        made = [pool.submit(common.make_tiny, tmp_path / "tiny", steps=2).result for _ in range(2)]
-        assert [result() for result in made] == 2 * [tmp_path / "tiny"] and len(saved) == 1
