@@ -1,14 +1,14 @@
 """What sppo.py, dno.py and sr_dpo.py share. Each section depends only on those above it.
 
-    1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
-    2. Generation                 244  generate: K samples per prompt, from a KV cache whose rows are refilled
+    1. Log-probs                  222  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
+    2. Generation                 248  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   90  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     305  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
-    5. Data and chat templates    308  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     201  load, check, save; the built-in `tiny`
+    4. Judges                     337  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
+    5. Data and chat templates    392  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    6. Models and checkpoints     194  load, check, save; the built-in `tiny`
     7. Several GPUs, files        146  data parallel under torchrun; files that survive a kill
     8. Evaluation                  83  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   370  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   375  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
