@@ -88,7 +88,6 @@ def require(condition, message):
 
 
 # 1. Log-probs ---------------------------------------------------------------------------------------------------------
-
 CHUNK = {"cpu": 512, "cuda": 1024}  # rows of float32 logits alive at a time
 SLOPE_BYTES = {"cpu": 10**9, "cuda": 2 * 10**9}  # bytes of N x V slopes that a micro-batch may keep for backward
 
@@ -310,7 +309,6 @@ def row_logps_triton(logits, targets, softcap, slopes=None):
 
 
 # 2. Generation --------------------------------------------------------------------------------------------------------
-
 SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens that are decoded before the host looks which responses have ended
 PREFILL = 2**13  # tokens, with padding, of the prompts that are prefilled together
 
@@ -558,7 +556,6 @@ def attend_triton(query, keys, values, pos, scale, softcap, window):
 
 
 # 3. Optimiser ---------------------------------------------------------------------------------------------------------
-
 SLICE = 2**24  # elements of a parameter that are in float32 at a time
 
 
@@ -648,8 +645,6 @@ def make_optimizer(policy, lr, warmup_ratio, steps):
 
 
 # 4. Judges ------------------------------------------------------------------------------------------------------------
-
-
 # A judge is any callable (prompts, responses) -> prefs (B, K, K), prefs[b, i, j] = P(y_i > y_j). prompts: B lists of
 # messages; responses: B lists of K texts. Its `metrics(prompts, responses)`, a dict of numbers, is optional.
 def preferences(judge, rows):
@@ -843,9 +838,9 @@ class LLMJudge:
     def __init__(self, url, model, cache=Path("runs/.cache/judge.jsonl")):
         given = model and re.fullmatch(r"https?://([^\s/:@]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?", url)
         require(given, "llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
+        print(f"judge: {model} at {url}")  # --resume has the address from a file
         self.url, self.model, self.cache = url.rstrip("/"), model, cache
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
-        require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
         self.opener = urllib.request.OpenerDirector()  # without the handlers that follow redirects
         for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.opener.add_handler(handler())
@@ -977,15 +972,12 @@ def load_judge(args, flag="judge"):
     except UserError as error:
         others = f"; or one of {', '.join(JUDGES)}" if name not in JUDGES else ""
         raise UserError(f"--{flag} {error}{others}") from error
-    if name == "llm":
-        print(f"judge: {args.judge_model} at {args.judge_url}")  # --resume has the address from a file
     hello = [{"role": "user", "content": "Hi!"}]
     preferences(judge, [{"prompt": hello, "responses": [{"text": "a"}, {"text": "b"}]}])
     return judge
 
 
 # 5. Data and chat templates -------------------------------------------------------------------------------------------
-
 SHAPES = "prompt, instruction, question, turns, or chosen and rejected: text, {role, content} messages or transcripts"
 ANSWERS = "gold", "response", "output", "chosen"  # where a teacher's answer is looked for
 FIELDS = {*ANSWERS, "prompt", "instruction", "question", "input", "turns", "messages", "system", "system_prompt"}
@@ -1019,18 +1011,14 @@ def load_rows(flag, source, read, limit=0, keep_all=False):
     for number, row in enumerate(dataset_rows(flag, source), 1):
         try:
             row = {name: value for name, value in unpack(row).items() if value is not None}
-            item = read(row)
-            key = json.dumps(item, ensure_ascii=False).encode()  # fails for half of a surrogate pair
-            key = number if keep_all else key
-            refused["repeated"] += key in items
-            items[key] = item
+            key = json.dumps(item := read(row), ensure_ascii=False).encode()  # fails for half of a surrogate pair
+            refused["repeated"] += key in items and not keep_all
+            items[number if keep_all else key] = item
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            shape = (
-                f"{type(error).__name__} in {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
-            )
-            refused[str(error) if isinstance(error, Refused) else f"of no known shape: {shape}"] += 1
-            if keep_all:
-                items[number] = None
+            keys = ", ".join(row) if isinstance(row, dict) else "no JSON object in UTF-8"
+            reason = error if isinstance(error, Refused) else f"of no known shape: {type(error).__name__} in {keys}"
+            refused[str(reason)] += 1
+            items |= {number: None} if keep_all else {}
         if len(items) == limit > 0:
             break
     print_refused(f"{flag} {source}", refused, number)
@@ -1100,7 +1088,7 @@ def is_pointer(path):
 
 
 def print_refused(flag, refused, n):
-    """Print how many of n rows were refused, and why."""
+    """Print how many of n rows were refused for each reason."""
     for reason, count in (+refused).most_common(20):
         print(f"{flag}: {count} of {n} left out: {reason}")
 
@@ -1377,7 +1365,6 @@ def sample_responses(policy, tokenizer, rows, k, seed, args):
 
 
 # 6. Models and checkpoints --------------------------------------------------------------------------------------------
-
 MODELS = {  # short names for --model
     "tiny": str(Path(__file__).parent / ".tiny"),  # built in, made by tests/make_tiny.py
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
@@ -1456,7 +1443,8 @@ def read_remainders(policy, folder):
     """Restore the float32 master from the folder's master.remainders, unless another tool wrote the weights there."""
     with safe_open(folder / "master.remainders", "pt", str(policy.device)) as file:  # "cuda" would be cuda:0
         if (file.metadata() or {}).get("weights") != weights_mark(folder):
-            return print(f"{folder}/master.remainders is not used: the weights beside it are of another tool")
+            print(f"{folder}/master.remainders is not used: the weights beside it are of another tool")
+            return
         for n, p in policy.named_parameters():
             if p.dtype == torch.float32:
                 p.data = join_master(p.data.bfloat16(), file.get_tensor(n))
@@ -1571,8 +1559,6 @@ def use_checkpointing(policy):
 
 
 # 7. Several GPUs, files -----------------------------------------------------------------------------------------------
-
-
 def join_ranks():
     """Connect the processes (ranks) that torchrun started. With one GPU, skip this section: it does nothing.
 
@@ -1717,8 +1703,6 @@ def read_or_make(path, items, make, chunk=1024):
 
 
 # 8. Evaluation --------------------------------------------------------------------------------------------------------
-
-
 def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     """Metrics of iterate t: its answers to the held-out prompts, judged against those of all earlier iterates.
 
@@ -1800,8 +1784,6 @@ def equal_length_win_rate(wins, lengths, other_lengths):
 
 
 # 9. Run folder, command line ------------------------------------------------------------------------------------------
-
-
 def run_folder(args):
     return Path(args.resume or f"runs/{args.name}")
 
@@ -2027,11 +2009,9 @@ def check_fit(args):
     kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
     tokens = max(args.micro_tokens, 2 * length)
     slopes = max(min(tokens * vocab * size, SLOPE_BYTES[args.device]), 2 * args.max_new_tokens * vocab * size)
-    weights = 4 * n  # in bf16 with the other half of the master, or in float32
-    sampling = (weights + slot) / 1e9
-    training = (weights + 2 * size * n + tokens * kept + slopes) / 1e9
+    weights, run = 4 * n, run_folder(args)  # in bf16 with the other half of the master, or in float32
+    sampling, training = (weights + slot) / 1e9, (weights + 2 * size * n + tokens * kept + slopes) / 1e9
     disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # two: a checkpoint, the next beside it
-    run = run_folder(args)
     disk -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())  # what --resume finds
     folder = next(folder for folder in (run, *run.parents) if folder.exists())
     have, free, disk = free_memory(args.device) / 1e9, shutil.disk_usage(folder).free / 1e9, max(0, disk) / 1e9
