@@ -1,14 +1,14 @@
 """What sppo.py, dno.py and sr_dpo.py share. Each section depends only on those above it.
 
-    1. Log-probs                  222  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
-    2. Generation                 248  generate: K samples per prompt, from a KV cache whose rows are refilled
-    3. Optimiser                   90  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     337  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
-    5. Data and chat templates    392  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
+    2. Generation                 247  generate: K samples per prompt, from a KV cache whose rows are refilled
+    3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
+    4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
+    5. Data and chat templates    387  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     194  load, check, save; the built-in `tiny`
-    7. Several GPUs, files        146  data parallel under torchrun; files that survive a kill
-    8. Evaluation                  83  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   375  runs/NAME; flags; "does it fit?"; errors in one line
+    7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
+    8. Evaluation                  81  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
+    9. Run folder, command line   373  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -683,7 +683,7 @@ class DigitsJudge:
             n = max(1, len(right))
             hits = [sum(a == b for a, b in zip(text, right, strict=False)) for text in texts]
             rows.append([h / n - min(1.0, abs(len(y) - len(right)) / n) for h, y in zip(hits, texts, strict=True)])
-        return torch.tensor(rows)  # (B, K)
+        return torch.tensor(rows, dtype=torch.float64)  # (B, K); rounded to float32 it does not depend on the batch
 
     def __call__(self, prompts, responses):
         quality = self.quality(prompts, responses)
@@ -1654,8 +1654,8 @@ def write_jsonl(path, rows):
 
 def read_jsonl(path):
     """The rows of a .jsonl file, [] if there is none. A last line without its end, as a kill leaves it, is dropped."""
-    text = from_rank0(lambda: path.read_text(encoding="utf-8") if path.exists() else "")
     try:
+        text = from_rank0(lambda: path.read_text(encoding="utf-8") if path.exists() else "")
         return [json.loads(line) for line in text.split("\n")[:-1]]
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); restore it, or begin a new run") from error
@@ -1948,6 +1948,8 @@ def finish_run(run, history):
     final, best = run / "final", max(history[1:], key=lambda row: row.get("wins_vs_start", 1))  # 1: without a judge
     t, wins = best["iterate"], best.get("wins_vs_start", 1)
     require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
+    if final.is_dir() and not final.is_symlink():  # as a copy of the run may have it
+        shutil.rmtree(final)
     final.unlink(missing_ok=True)
     if wins <= 0.5:
         print(f"no iterate beats the base model, the best wins {wins:.3g}: no {final}; lower --learning_rate")

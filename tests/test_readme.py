@@ -122,6 +122,16 @@ def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
     assert steps[0]["loss"] < 5  # eta |P - 1/2|, at most 10 / 2, at the start; eq. 4.7 has its square
 
 
+def test_two_runs_are_compared_on_their_common_prompts(workdir, capsys):
+    def answer(prompt, text):
+        return {"prompt": [{"role": "user", "content": prompt}], "responses": [{"text": text, "finished": True}]}
+
+    common.write_jsonl(workdir / "runs/a/iter_3/answers.jsonl", [answer("21", y) for y in ("12", "12", "11", "22")])
+    common.write_jsonl(workdir / "runs/b/iter_3/answers.jsonl", [answer("21", y) for y in ("12", "21", "21", "12")])
+    exec(README.split("```python\n")[2].split("```")[0], {})
+    assert capsys.readouterr().out == "[0.5, 0.25, 0.25]\n"  # "12" wins over "21", "11" over "21"
+
+
 def record(name):
     return json.loads((ROOT / "tests" / "claims" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 

@@ -254,6 +254,80 @@ def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatc
     assert "resume it with python mine.py" in stopped(capsys, cli, sr_dpo, "--resume", str(run))
 
 
+# Files that a kill, a disk or a hand left as they should not be ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """A folder with runs/whole, a whole run, and runs/x, the same one killed when iterate 2 was to be evaluated."""
+    folder = tmp_path_factory.mktemp("stopped")
+    before = os.getcwd()
+    os.chdir(folder)
+
+    def killed(*args):
+        return os.kill(os.getpid(), signal.SIGKILL) if args[5] == 2 else common.evaluate(*args)
+
+    def job():
+        sppo.evaluate, common.replaced_functions = killed, lambda main: []
+        start("sppo", "x")
+
+    assert in_a_process(lambda: start("sppo", "whole")) == 0 and in_a_process(job) == -signal.SIGKILL
+    os.chdir(before)
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def spoil(path):
+    path.write_bytes(b"\xff\xfe {[" + path.read_bytes()[4:] if path.exists() else b"\xff")
+
+
+def leave(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"half a file")
+
+
+def swap(path):
+    torch.save({"policy": {}, "optimizer": {}, "scheduler": {}, "steps": []}, path)
+
+
+DAMAGE = [  # file, what happened to it, words of the one line, "" for a result equal to the whole run's
+    ("iter_2/responses.jsonl", cut, ""),
+    ("iter_2/responses.jsonl", Path.unlink, ""),
+    ("iter_2/responses.jsonl", spoil, "responses.jsonl: damaged"),
+    ("iter_2/preferences.jsonl", cut, ""),
+    ("iter_2/preferences.jsonl", Path.unlink, ""),
+    ("iter_2/preferences.jsonl", spoil, "preferences.jsonl: damaged"),
+    ("iter_2/checkpoint.pt", Path.unlink, ""),
+    ("iter_2/checkpoint.pt", cut, "remove it, then --resume"),
+    ("iter_2/checkpoint.pt", swap, "remove it, then --resume"),
+    ("iter_2/checkpoint.pt.part", leave, ""),
+    ("iter_2/policy.part/.tmp7", leave, ""),
+    ("iter_1/policy/model.safetensors", cut, "weights (in safetensors) not loaded"),
+    ("iter_1/policy/config.json", Path.unlink, "its config.json cannot be loaded"),
+    ("iter_0/answers.jsonl", Path.unlink, "iter_0/answers.jsonl: its prompts are not this run's"),
+    ("metrics.jsonl", spoil, "metrics.jsonl: damaged"),
+    ("metrics.jsonl.part", leave, ""),
+    ("config.json", spoil, "not the folder of a run"),
+    ("config.json", Path.unlink, "not the folder of a run"),
+    ("final/policy", leave, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGE, ids=[f"{n} {d.__name__}" for n, d, _ in DAMAGE])
+def test_a_damaged_file_is_made_again_or_named(stopped_run, workdir, capsys, name, damage, words):
+    shutil.copytree(stopped_run / "runs/x", "runs/x")
+    damage(Path("runs/x", name))
+    if words:
+        assert words in stopped(capsys, cli, sppo, "--resume", "runs/x")
+    else:
+        cli(sppo, "--resume", "runs/x")
+        assert result(Path("runs/x")) == result(stopped_run / "runs/whole")
+        assert not list(Path("runs/x").rglob(".tmp*")) and not Path("runs/x/final/policy").exists()
+
+
 # One process, one set of flags, one set of answers --------------------------------------------------------------------
 
 
