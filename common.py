@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import http.client
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -1721,9 +1722,8 @@ def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     # A row of --eval_prompts that cannot be answered keeps its place, with an empty answer.
     rows = [next(answered) if "prompt_ids" in row else {**row, "responses": [{"text": ""}]} for row in held_out]
     published = [row for row in rows if "benchmark" in row] or rows
-    texts = [(plain_text(row["prompt"]), row["responses"][0]["text"], run.name) for row in published]
-    names = "instruction", "output", "generator"
-    write_json(folder / "outputs.json", [dict(zip(names, text, strict=True)) for text in texts])
+    texts = [(plain_text(row["prompt"]), row["responses"][0]["text"]) for row in published]
+    write_json(folder / "outputs.json", [{"instruction": x, "output": y, "generator": run.name} for x, y in texts])
     rows = add_logps(policy, [row for row in rows if "benchmark" not in row], "logps", args.micro_tokens)
     write_jsonl(folder / "answers.jsonl", rows)
 
@@ -1966,10 +1966,9 @@ def tracker(args, run):
     """Return log(kind, values, samples=()), which sends numbers and [prompt, response] samples to --track."""
     if RANK or not args.track:
         return lambda *_: None
-    try:
-        module = importlib.import_module(args.track)
-    except ImportError as error:
-        raise UserError(f"--track {args.track}: it is not installed; pip install {args.track}") from error
+    installed = importlib.util.find_spec(args.track)
+    require(installed, f"--track {args.track}: it is not installed; pip install {args.track}")
+    module = importlib.import_module(args.track)
     same = {"id": run.name} if args.track == "wandb" else {}  # trackio resumes by name
     module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
 
