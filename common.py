@@ -1000,7 +1000,8 @@ def load_rows(flag, source, read, limit=0, keep_all=False):
         if len(items) == limit > 0:
             break
     print_refused(f"{flag} {source}", refused, number)
-    require(any(items.values()), f"{flag} {source}: none of its rows can be used; wanted {SHAPES}")
+    why = "; ".join([*+refused][:2]) or "it is empty"
+    require(any(items.values()), f"{flag} {source}: none of its rows can be used ({why}); wanted {SHAPES}")
     return [*items.values()]
 
 
@@ -1031,7 +1032,7 @@ def dataset_rows(flag, source):
         else:
             yield from datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # datasets, pyarrow, gzip and the hub each have errors of their own
-        why = str(error.__cause__ or error)[:300] or "it is empty"
+        why = str(error.__cause__ or error)[:300]
         wanted = "a .jsonl, .json or .parquet file, a folder or hub dataset as NAME, NAME:split or NAME:config:split"
         raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
 

@@ -28,7 +28,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 TALK = [*user("q"), FINE, *user("and?")]
 TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
 ULTRA = [{"model": "falcon", "response": "bad"}, {"model": "gpt-4", "response": "fine"}]
-PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "none of its rows can be used; wanted prompt, instruction, "
+PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction, question, turns"
 
 
 @pytest.mark.parametrize(
