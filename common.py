@@ -1782,7 +1782,7 @@ def split_rows(policy, tokenizer, rows, args):
     """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out).
 
     The prompts of --eval_prompts follow in held_out, marked "benchmark": they are answered in outputs.json and used
-    nowhere else. Training prompts with the same token ids as a held-out prompt are dropped.
+    nowhere else. Training prompts that are the same as a held-out prompt are dropped.
     """
     extra = []
     if args.eval_prompts:
@@ -1791,9 +1791,12 @@ def split_rows(policy, tokenizer, rows, args):
         extra = encode_rows(policy, tokenizer, extra, args, "--eval_prompts", keep_all=True)
     check_fingerprint(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", [rows, extra])
 
-    def without(rows, others):  # rows whose prompt ids none of the others has
-        taken = {str(row.get("prompt_ids")) for row in others}
-        return [row for row in rows if str(row["prompt_ids"]) not in taken]
+    def same(row):  # two prompts are the same by their token ids, or by their text but for white space at its ends
+        return {str(row.get("prompt_ids")), str([(turn["role"], turn["content"].strip()) for turn in row["prompt"]])}
+
+    def without(rows, others):
+        taken = set().union(*map(same, others))
+        return [row for row in rows if not same(row) & taken]
 
     rows = without(rows, extra)
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
@@ -1804,6 +1807,10 @@ def split_rows(policy, tokenizer, rows, args):
     few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
+    first = [next(turn["content"] for turn in row["prompt"] if turn["role"] == "user") for row in rows + held_out]
+    known = set(first[: len(rows)])
+    if begun := sum(question in known for question in first[len(rows) :]):
+        print(f"{begun} of those held out begin with the first turn of a prompt to train on")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
 
