@@ -991,10 +991,8 @@ def load_rows(flag, source, read, limit=0, keep_all=False):
             refused["repeated"] += key in items
             items[key] = item
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            shape = (
-                f"{type(error).__name__} in {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
-            )
-            refused[str(error) if isinstance(error, Refused) else f"of no known shape: {shape}"] += 1
+            how = f"{type(error).__name__}: {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
+            refused[str(error) if isinstance(error, Refused) else f"of no known shape, {how}"] += 1
             if keep_all:
                 items[number] = None
         if len(items) == limit > 0:
@@ -1076,7 +1074,8 @@ def read_prompt(row):
     """The prompt of a row as messages, of which the last is the user's."""
     refuse_unread(row, FIELDS)
     texts = [row[name] for name in ("instruction", "question", "input") if row.get(name)]
-    texts += [turn["content"] if isinstance(turn, dict) else turn for turn in row.get("turns", [])[:1]]  # FastChat's
+    turns = [turns] if isinstance(turns := unpack(row.get("turns", [])), str) else turns  # FastChat's
+    texts += [turn["content"] if isinstance(turn, dict) else turn for turn in turns[:1]]
     given = row.get("prompt") or (texts[0] if len(texts) == 1 else "\n\n".join(texts))
     if row.get("prompt") and any(text != given for text in texts):
         raise Refused("with another question beside its prompt")
@@ -1107,7 +1106,7 @@ def read_answer(value, prompt):
 
 def read_gold(row):
     """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's."""
-    texts = [y["response"] for y in row.get("completions", []) if y["model"] == "gpt-4"]
+    texts = [y["response"] for y in unpack(row.get("completions", [])) if y["model"] == "gpt-4"]
     texts += [row[name] for name in ANSWERS if name in row]
     prompt = read_prompt(row)
     if not texts or not (gold := read_answer(texts[0], prompt)).strip():
@@ -1130,7 +1129,7 @@ def as_messages(value):
     """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages, one or a list, also as JSON text -> messages."""
     turns = unpack(value)
     turns = [*map(unpack, turns)] if isinstance(turns, list) else [turns]
-    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+    if turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
         for turn in turns:
             refuse_unread(turn, {"role", "content"})
         return [{"role": turn["role"], "content": as_text(turn["content"])} for turn in turns]

@@ -53,6 +53,7 @@ PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction,
         ({"system": "be brief", "question": "q", **PAIR}, [SYSTEM, *user("q")], "fine", PAIR),  # Orca's
         ({"question_id": 81, "category": "writing", "turns": ["q", "and?"]}, user("q"), None, NONE),  # FastChat's
         ({"question_id": "a", "cluster": "b", "turns": [{"content": "q"}]}, user("q"), None, NONE),  # Arena-Hard's
+        ({"turns": '["q", "and?"]'}, user("q"), None, NONE),
         (
             {"prompt": "q", "messages": [*user("q"), FINE], "chosen": [*user("q"), FINE], "rejected": "bad"},
             user("q"),
@@ -115,9 +116,9 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
         ({"prompt": "q", "chosen": [{**FINE, "function_calls": "f()"}]}, "with function_calls"),
         ({"prompt": "q", "messages": user("another")}, "with messages that do not begin with its prompt"),
         ({"prompt": 42}, "with a message that is not text"),
-        ({"prompt": "half \ud83d"}, "of no known shape: UnicodeEncodeError in"),
+        ({"prompt": "half \ud83d"}, "of no known shape, UnicodeEncodeError: "),
         ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}]}, "with a message that is not text"),
-        ("null", "of no known shape: no JSON object in UTF-8"),
+        ("null", "of no known shape, no JSON object in UTF-8"),
         ({"prompt": "q", "input": "about x"}, "with another question beside its prompt"),
         ({"prompt": "q", "system": "a", "system_prompt": "b"}, "with two system turns"),
         ({"prompt": [SYSTEM, *user("q")], "system": "another"}, "with two system turns"),
@@ -189,7 +190,7 @@ def test_what_a_file_holds_is_read_line_by_line_and_each_time_anew(tmp_path, mon
         b'{"prompt": "a"}\n{"prompt": "\xe9"}\nnull\n[1]\n{"prompt"\n\n{"prompt": "b", "system": "late"}\n'
     )
     assert [prompt[-1]["content"] for prompt in load_prompts("p.jsonl")] == ["a", "b"]
-    assert "p.jsonl: 4 of 6 left out: of no known shape: no JSON object in UTF-8" in capsys.readouterr().out
+    assert "p.jsonl: 4 of 6 left out: of no known shape, no JSON object in UTF-8" in capsys.readouterr().out
     (tmp_path / "folder").mkdir()
     for text in ("old", "new"):
         for name in ("p.jsonl", "folder/train.jsonl"):
