@@ -1016,14 +1016,15 @@ def load_rows(flag, source, read, limit=0, keep_all=False):
             refused["repeated"] += key in items and not keep_all
             items[number if keep_all else key] = item
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            keys = ", ".join(row) if isinstance(row, dict) else "no JSON object in UTF-8"
-            reason = error if isinstance(error, Refused) else f"of no known shape: {type(error).__name__} in {keys}"
-            refused[str(reason)] += 1
-            items |= {number: None} if keep_all else {}
+            how = f"{type(error).__name__}: {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
+            refused[str(error) if isinstance(error, Refused) else f"of no known shape, {how}"] += 1
+            if keep_all:
+                items[number] = None
         if len(items) == limit > 0:
             break
     print_refused(f"{flag} {source}", refused, number)
-    require(any(items.values()), f"{flag} {source}: none of its rows can be used; wanted {SHAPES}")
+    why = "; ".join([*+refused][:2]) or "it is empty"
+    require(any(items.values()), f"{flag} {source}: none of its rows can be used ({why}); wanted {SHAPES}")
     return [*items.values()]
 
 
@@ -1054,7 +1055,7 @@ def dataset_rows(flag, source):
         else:
             yield from datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # datasets, pyarrow, gzip and the hub each have errors of their own
-        why = str(error.__cause__ or error)[:300] or "it is empty"
+        why = str(error.__cause__ or error)[:300]
         wanted = "a .jsonl, .json or .parquet file, a folder or hub dataset as NAME, NAME:split or NAME:config:split"
         raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
 
@@ -1098,7 +1099,8 @@ def read_prompt(row):
     """The prompt of a row as messages, of which the last is the user's."""
     refuse_unread(row, FIELDS)
     texts = [row[name] for name in ("instruction", "question", "input") if row.get(name)]
-    texts += [turn["content"] if isinstance(turn, dict) else turn for turn in row.get("turns", [])[:1]]  # FastChat's
+    turns = [turns] if isinstance(turns := unpack(row.get("turns", [])), str) else turns  # FastChat's
+    texts += [turn["content"] if isinstance(turn, dict) else turn for turn in turns[:1]]
     given = row.get("prompt") or (texts[0] if len(texts) == 1 else "\n\n".join(texts))
     if row.get("prompt") and any(text != given for text in texts):
         raise Refused("with another question beside its prompt")
@@ -1129,7 +1131,7 @@ def read_answer(value, prompt):
 
 def read_gold(row):
     """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's."""
-    texts = [y["response"] for y in row.get("completions", []) if y["model"] == "gpt-4"]
+    texts = [y["response"] for y in unpack(row.get("completions", [])) if y["model"] == "gpt-4"]
     texts += [row[name] for name in ANSWERS if name in row]
     prompt = read_prompt(row)
     if not texts or not (gold := read_answer(texts[0], prompt)).strip():
@@ -1152,7 +1154,7 @@ def as_messages(value):
     """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages, one or a list, also as JSON text -> messages."""
     turns = unpack(value)
     turns = [*map(unpack, turns)] if isinstance(turns, list) else [turns]
-    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+    if turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
         for turn in turns:
             refuse_unread(turn, {"role", "content"})
         return [{"role": turn["role"], "content": as_text(turn["content"])} for turn in turns]
@@ -1865,7 +1867,7 @@ def split_rows(policy, tokenizer, rows, args):
     """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out).
 
     The prompts of --eval_prompts follow in held_out, marked "benchmark": they are answered in outputs.json and used
-    nowhere else. Training prompts with the same token ids as a held-out prompt are dropped.
+    nowhere else. Training prompts that are the same as a held-out prompt are dropped.
     """
     extra = []
     if args.eval_prompts:
@@ -1874,9 +1876,12 @@ def split_rows(policy, tokenizer, rows, args):
         extra = encode_rows(policy, tokenizer, extra, args, "--eval_prompts", keep_all=True)
     check_fingerprint(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", [rows, extra])
 
-    def without(rows, others):  # rows whose prompt ids none of the others has
-        taken = {str(row.get("prompt_ids")) for row in others}
-        return [row for row in rows if str(row["prompt_ids"]) not in taken]
+    def same(row):  # two prompts are the same by their token ids, or by their text but for white space at its ends
+        return {str(row.get("prompt_ids")), str([(turn["role"], turn["content"].strip()) for turn in row["prompt"]])}
+
+    def without(rows, others):
+        taken = set().union(*map(same, others))
+        return [row for row in rows if not same(row) & taken]
 
     rows = without(rows, extra)
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
@@ -1887,6 +1892,10 @@ def split_rows(policy, tokenizer, rows, args):
     few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
+    first = [next(turn["content"] for turn in row["prompt"] if turn["role"] == "user") for row in rows + held_out]
+    known = set(first[: len(rows)])
+    if begun := sum(question in known for question in first[len(rows) :]):
+        print(f"{begun} of those held out begin with the first turn of a prompt to train on")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
 

@@ -38,7 +38,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 TALK = [*user("q"), FINE, *user("and?")]
 TALK_TEXT = "\n\nHuman: q\n\nAssistant: fine\n\nHuman: and?\n\nAssistant:"
 ULTRA = [{"model": "falcon", "response": "bad"}, {"model": "gpt-4", "response": "fine"}]
-PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "none of its rows can be used; wanted prompt, instruction, "
+PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "wanted prompt, instruction, question, turns"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,7 @@ PAIR, NONE = {"chosen": "fine", "rejected": "bad"}, "none of its rows can be use
         ({"system": "be brief", "question": "q", **PAIR}, [SYSTEM, *user("q")], "fine", PAIR),  # Orca's
         ({"question_id": 81, "category": "writing", "turns": ["q", "and?"]}, user("q"), None, NONE),  # FastChat's
         ({"question_id": "a", "cluster": "b", "turns": [{"content": "q"}]}, user("q"), None, NONE),  # Arena-Hard's
+        ({"turns": '["q", "and?"]'}, user("q"), None, NONE),
         (
             {"prompt": "q", "messages": [*user("q"), FINE], "chosen": [*user("q"), FINE], "rejected": "bad"},
             user("q"),
@@ -125,9 +126,9 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
         ({"prompt": "q", "chosen": [{**FINE, "function_calls": "f()"}]}, "with function_calls"),
         ({"prompt": "q", "messages": user("another")}, "with messages that do not begin with its prompt"),
         ({"prompt": 42}, "with a message that is not text"),
-        ({"prompt": "half \ud83d"}, "of no known shape: UnicodeEncodeError in"),
+        ({"prompt": "half \ud83d"}, "of no known shape, UnicodeEncodeError: "),
         ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}]}, "with a message that is not text"),
-        ("null", "of no known shape: no JSON object in UTF-8"),
+        ("null", "of no known shape, no JSON object in UTF-8"),
         ({"prompt": "q", "input": "about x"}, "with another question beside its prompt"),
         ({"prompt": "q", "system": "a", "system_prompt": "b"}, "with two system turns"),
         ({"prompt": [SYSTEM, *user("q")], "system": "another"}, "with two system turns"),
@@ -199,7 +200,7 @@ def test_what_a_file_holds_is_read_line_by_line_and_each_time_anew(tmp_path, mon
         b'{"prompt": "a"}\n{"prompt": "\xe9"}\nnull\n[1]\n{"prompt"\n\n{"prompt": "b", "system": "late"}\n'
     )
     assert [prompt[-1]["content"] for prompt in load_prompts("p.jsonl")] == ["a", "b"]
-    assert "p.jsonl: 4 of 6 left out: of no known shape: no JSON object in UTF-8" in capsys.readouterr().out
+    assert "p.jsonl: 4 of 6 left out: of no known shape, no JSON object in UTF-8" in capsys.readouterr().out
     (tmp_path / "folder").mkdir()
     for text in ("old", "new"):
         for name in ("p.jsonl", "folder/train.jsonl"):
@@ -281,6 +282,19 @@ def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
     (part,), held_out = split_rows(policy, tokenizer, rows, args)
     ids = [{str(row["prompt_ids"]) for row in some} for some in (part, held_out)]
     assert len(ids[0] | ids[1]) == 40 and not ids[0] & ids[1]
+
+
+def test_prompts_that_differ_in_white_space_stay_on_one_side_and_common_first_turns_are_said(tiny, capsys):
+    policy, tokenizer = common.load_policy(tiny)
+    prompts = [user(f"{n}{end}") for n in range(40) for end in ("", " ")]
+    args = sppo.Args(n_eval=8, iterations=1)
+    rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], args)
+    (part,), held_out = split_rows(policy, tokenizer, rows, args)
+    texts = [{row["prompt"][0]["content"].strip() for row in some} for some in (part, held_out)]
+    assert len(texts[0] | texts[1]) == 40 and not texts[0] & texts[1] and "begin" not in capsys.readouterr().out
+    talks = [{"prompt": [*user("1"), FINE, *user(str(n))]} for n in range(40)]
+    split_rows(policy, tokenizer, common.encode_rows(policy, tokenizer, talks, args), args)
+    assert "8 of those held out begin with the first turn of a prompt to train on" in capsys.readouterr().out
 
 
 def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
