@@ -1,12 +1,16 @@
-"""A preference game small enough to be exact, and policies in it that are trained on the scripts' own losses.
+"""Preference games small enough to be exact, and policies in them that are trained on the scripts' own losses.
 
-    python tests/claims/games.py        the claim average_iterate, in a quarter of a minute
+    python tests/claims/games.py NAME        NAME is one of CLAIMS, below, or all: half a minute
+
+prints the figures of a claim and a verdict, and writes results/NAME.json beside this file. A claim holds where all of
+its parts are true. Claims about samples of K are in samples.py.
 
 A game is P (n, n), P[i, j] = P(y_i > y_j), P + P^T = 1: one prompt, n responses ("actions"). Policies are log_pi
 (S, n), normalised log-probs of S runs side by side. All is float64. No response is sampled: expectations over pi_t are
-sums. A step of a method makes the script's loss as small as it gets.
+sums. A step of a method minimises the script's loss.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -42,7 +46,10 @@ def win_rate(P, pi):
 
 
 def gap(P, pi):
-    """The duality gap, max over pi' of P(pi' > pi) - 1/2, 0 exactly at Nash. pi (..., n) probabilities -> (...)."""
+    """The duality gap, max over pi' of P(pi' > pi) - 1/2, 0 exactly at Nash. pi (..., n) probabilities -> (...).
+
+    Theorem 4.1 of SPPO bounds max over pi' of P(pi' > pi) - min over pi' of P(pi > pi'), which is twice this.
+    """
     return win_rate(P, pi).amax(-1) - 0.5
 
 
@@ -87,10 +94,14 @@ def in_pairs(x):
     return x[:, :, None].expand(-1, n, n), x[:, None, :].expand(-1, n, n)
 
 
-def dno_exact_step(log_pi_t, P, eta):
-    """Eq. 8 of arXiv 2404.03715, Algorithm 1, exact DNO. log_pi_t (S, n) -> log_pi_{t+1} (S, n). DNO's eta divides."""
-    (ref_1, ref_2), (r_1, r_2) = in_pairs(log_pi_t), in_pairs(win_rate(P, log_pi_t.exp()))
-    seen = (ref_1 + ref_2).exp()  # y1, y2 ~ pi_t
+def dno_exact_step(log_pi_t, P, eta, tau=0.0, log_start=0.0):
+    """Eq. 8 of arXiv 2404.03715, Algorithm 1, exact DNO. log_pi_t (S, n) -> log_pi_{t+1} (S, n). DNO's eta divides.
+
+    tau > 0: Algorithm 3, option I. The reference is pi_t^(1 - tau / eta) pi_start^(tau / eta), eq. 14, unnormalised.
+    """
+    (first, second), (r_1, r_2) = in_pairs(log_pi_t), in_pairs(win_rate(P, log_pi_t.exp()))
+    ref_1, ref_2 = in_pairs((1 - tau / eta) * log_pi_t + tau / eta * log_start)
+    seen = (first + second).exp()  # y1, y2 ~ pi_t
 
     def loss(log_pi):
         return (seen * dno_exact_loss(*in_pairs(log_pi), ref_1, ref_2, r_1, r_2, eta)).sum((-2, -1))
@@ -123,16 +134,16 @@ def average(policies):
     return policies[:-1].exp().mean(0)
 
 
-def average_iterate(seeds=5, rounds=(10, 30, 100, 300, 1000, 3000)):
-    """The claim as it is written: runs of T rounds, each T with its own step size, on the biased game.
+# Claims --------------------------------------------------------------------------------------------------------------
 
-    eta = sqrt(8 log n / T) in SPPO's sense, 1 / eta in DNO's, is the one of the O(1 / sqrt(T)) bound; nothing is tuned.
-    """
+
+def average_iterate(seeds=5, rounds=(10, 30, 100, 300, 1000, 3000)):
+    """The average iterate's duality gap is O(1 / sqrt(T)). The last iterate cycles, and its gap does not fall."""
     start = random_policies(3, range(1, seeds + 1))
     curves = {name: {"average": [], "last": []} for name in ("SPPO", "SPPO, eta / 2", "exact DNO", "DPO")}
     bound = []
     for T in rounds:
-        eta = math.sqrt(8 * math.log(3) / T)
+        eta = math.sqrt(8 * math.log(3) / T)  # of the O(1 / sqrt(T)) bound, nothing is tuned; 1 / eta in DNO's sense
         steps = {
             "SPPO": lambda log_pi, eta=eta: sppo_step(log_pi, BIASED, eta),
             "SPPO, eta / 2": lambda log_pi, eta=eta: sppo_step(log_pi, BIASED, eta, "half"),
@@ -156,7 +167,6 @@ def average_iterate(seeds=5, rounds=(10, 30, 100, 300, 1000, 3000)):
         "the last's gap over the three longest runs is at least half of that over the three shortest": still,
         "in the longest runs the last's gap is above the average's": lasts[:, -1] > averages[:, -1],
     }
-    parts = {name: bool(true.all()) for name, true in parts.items()}
     figures = {
         name: {
             "exponent of the average's gap from T = 100": slopes[i].tolist(),
@@ -165,17 +175,66 @@ def average_iterate(seeds=5, rounds=(10, 30, 100, 300, 1000, 3000)):
         }
         for i, name in enumerate(steps)
     }
-    record = {
-        "claim": "The average iterate's duality gap is O(1 / sqrt(T)); the last iterate cycles, and its does not fall.",
-        "source": "arXiv 2405.00675, theorem 4.1; arXiv 2404.03715, Algorithm 1, whose output is the mixture",
-        "command": "python tests/claims/games.py",
-        "verdict": "holds" if all(parts.values()) else "does not hold",
+    return parts, figures, {"rounds": list(rounds), "curves": curves, "bound": bound}
+
+
+def regularised(seeds=5, rounds=1000, taus=(0.02, 0.1)):
+    """In DNO's regularised game the last iterate settles, where SPPO's cycles. In three rounds it changes little.
+
+    eta is 1 and the start is the reference policy. How far a gap moves: its range over the last quarter of the rounds.
+    """
+    start = random_policies(3, range(1, seeds + 1))
+    plays = [play(lambda log_pi: sppo_step(log_pi, BIASED, 1.0, "half"), start, rounds)]
+    for tau in taus:
+        plays.append(play(lambda log_pi, tau=tau: dno_exact_step(log_pi, BIASED, 1.0, tau, start), start, rounds))
+    gaps = gap(BIASED, torch.stack(plays).exp())  # (SPPO and each tau, rounds + 1, seeds)
+    late = gaps[:, -rounds // 4 :]
+    moves = late.amax(1) - late.amin(1)
+    parts = {
+        "SPPO's gap moves by more than 0.05": moves[0] > 0.05,
+        "with tau it moves by less than 0.002": moves[1:] < 0.002,
+        "the smaller tau settles at the smaller gap, which is below SPPO's last": gaps[1, -1]
+        < torch.minimum(gaps[0, -1], gaps[2, -1]),
+        "after three rounds no gap differs by more than 0.005 from SPPO's": (gaps[1:, 3] - gaps[0, 3]).abs() < 0.005,
     }
-    return {**record, "parts": parts, "figures": figures, "rounds": list(rounds), "curves": curves, "bound": bound}
+    figures = {
+        name: {f"gap at T = {T}": gaps[i, T].tolist() for T in (3, 10, rounds)} | {"moves by": moves[i].tolist()}
+        for i, name in enumerate(("SPPO", *(f"tau {tau}" for tau in taus)))
+    }
+    return parts, figures, {}
+
+
+CLAIMS = {  # {NAME: (function of no arguments -> (parts, figures, more), source)}
+    "average_iterate": (
+        average_iterate,
+        "arXiv 2405.00675, theorem 4.1; arXiv 2404.03715, Algorithm 1, whose output is the mixture",
+    ),
+    "regularised": (regularised, "arXiv 2404.03715, appendix A, Algorithm 3, option I, and eq. 14"),
+}
+
+
+def record(name, claims, file, **settings):
+    """The record of a claim, whose text is the docstring of its function. parts: {text: whether it is true}."""
+    function, source = claims[name]
+    parts, figures, more = function(**settings)
+    parts = {text: bool(torch.as_tensor(true).all()) for text, true in parts.items()}
+    command = f"python tests/claims/{Path(file).name} {name}"
+    found = {"claim": " ".join(function.__doc__.split()), "source": source, "command": command}
+    found |= {"verdict": "holds" if all(parts.values()) else "does not hold", "parts": parts}
+    return {**found, "figures": figures, **more}
+
+
+def main(claims, file, description):
+    """Record the claims that the command line names."""
+    torch.set_num_threads(1)  # tensors of a few numbers: a second thread only waits
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*claims, "all"], metavar="NAME", help=", ".join(claims))
+    wanted = parser.parse_args().name
+    for name in claims if wanted == "all" else [wanted]:
+        found = record(name, claims, file)
+        print(json.dumps({key: found[key] for key in ("claim", "verdict", "parts", "figures")}, indent=1))
+        write(name, found, RESULTS)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # tensors of a few numbers: a second thread only waits
-    found = average_iterate()
-    print(json.dumps({name: found[name] for name in ("claim", "verdict", "parts", "figures")}, indent=1))
-    write("average_iterate", found, RESULTS)
+    main(CLAIMS, __file__, __doc__)

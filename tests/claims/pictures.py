@@ -154,7 +154,7 @@ def logratios(results):
             axes.axhline(0, color=GREY, linewidth=1)
             axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {what}")
             axes.grid(linewidth=0.5)
-            axes.legend(loc="lower left")
+            axes.legend(loc="best")
     for axes in panels[:, 0]:
         axes.set_ylabel("log-ratio, nats")
     return figure

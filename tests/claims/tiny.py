@@ -24,19 +24,31 @@ from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the scripts are
+from samples import win_rates_of_two
+
 import common
 import dno
 import sppo
 import sr_dpo
 from measure import RESULTS, cpu, rounded
 
+
+def main_of_two(args):
+    """sppo.main with win_rates_of_two in the place of win_rates."""
+    with mock.patch.object(sppo, "win_rates", win_rates_of_two):
+        return sppo.main(args)
+
+
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
+SCRIPTS["sppo_of_two"] = SimpleNamespace(main=main_of_two, Args=sppo.Args)
 SLACK = 0.02  # a win rate that is less than this below another one is no worse
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, by seeds
 VERDICTS = ("holds", "within the spread", "does not hold")
@@ -50,7 +62,8 @@ Run = namedtuple("Run", "folder rows")  # a finished run: its folder, and its me
 def command_of(script, settings):
     """The command line of a run, less its seed."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return shlex.join(["python", f"{script}.py", *words])
+    command = shlex.join(["python", f"{script.removesuffix('_of_two')}.py", *words])
+    return f"{command}, win_rates_of_two in the place of win_rates" if script == "sppo_of_two" else command
 
 
 def run(script, settings, seed):
@@ -116,9 +129,10 @@ SPPO, SPPO_2 = ("sppo", SHORT), ("sppo", {"k": 2, **SHORT})
 DNO, RESTRICTIVE, SPIN = ("dno", {}), {"variant": "restrictive"}, {"variant": "spin"}
 # Iterated DPO: dno.py without teacher, margin, replay and SFT term. As in SPPO_2 its pairs are the better and the worse
 # of two samples to the same prompts, at the same rate; in iteration 1 they are the same pairs, and only the loss
-# differs. dno.py's eta is DPO's beta; 0.1 is 1 / eta of SPPO.
+# differs. dno.py's eta is DPO's beta; 0.1 is 1 / eta of SPPO, untuned: there it collapses. 2 is dno.py's own.
 DPO = {"eta": 0.1, "gold": "", "k": 2, "variant": "all", "sft_alpha": 0.0, "replay": 0.0}
 DPO |= {"epochs": 3, "batch_size": 16, "learning_rate": 2e-4, **SHORT}
+DPO_2 = {**DPO, "eta": 2.0}
 # Pairs of the same prompts, all sampled from the start. They are more than on-policy ones, since the start errs more
 # often; with 90 to a step instead of 64 there are about as many steps.
 OFFLINE = {"iterations": 1, "batch_size": 90}
@@ -143,9 +157,9 @@ CLAIMS = {
         {**QUALITY, "seconds": total("seconds")},
     ),
     "log_ratios": Claim(
-        "SPPO lifts the winner's log-ratio above 0, while DPO lowers the winner's and the loser's",
-        "SPPO, arXiv 2405.00675, on the token-level likelihoods of winner and loser",
-        {"SPPO": SPPO_2, "DNO": DNO, "DPO": ("dno", DPO)},
+        "SPPO lifts the log-ratio of the chosen response above 0 and lowers the rejected one's; DPO lowers both",
+        "ours: SPPO, arXiv 2405.00675, section 4.5, cites Pal et al. for DPO and has no experiment of it",
+        {"SPPO": SPPO_2, "DNO": DNO, "DPO": ("dno", DPO_2)},
         {**LOG_RATIOS, **QUALITY},
         [
             Comparison("SPPO: the chosen one's is above 0", CHOSEN, ("SPPO",), (0.0,)),
@@ -153,23 +167,27 @@ CLAIMS = {
             Comparison("DPO: the chosen one's is below 0", CHOSEN, (0.0,), ("DPO",)),
             Comparison("DPO: the rejected one's is below 0", REJECTED, (0.0,), ("DPO",)),
         ],
-        reading="SPPO has a target for each of the two, DPO for their difference. At beta = 2: `iterative_dpo`.",
+        reading="SPPO has a target for each of the two, DPO for their difference. DPO at beta 2; see `iterative_dpo`.",
     ),
     "iterative_dpo": Claim(
         "After three iterations SPPO is better than DPO on the same kind of pairs (LC win rate 28.53 against 22.30)",
-        "SPPO, arXiv 2405.00675, AlpacaEval 2.0; beta = 2 was added after the result of 0.1 was seen",
-        {"SPPO": SPPO_2, "DPO, beta 0.1": ("dno", DPO), "DPO, beta 2": ("dno", {**DPO, "eta": 2.0})},
+        "SPPO, arXiv 2405.00675, section 5.2, table 1; beta = 2 was added after the result of 0.1 was seen",
+        {"SPPO": SPPO_2, "DPO, beta 0.1": ("dno", DPO), "DPO, beta 2": ("dno", DPO_2)},
         {**QUALITY, "first iterate wins": of("wins_vs_start", 1), **LOG_RATIOS},
         [better("SPPO", "DPO, beta 0.1"), better("SPPO", "DPO, beta 2")],
-        reading="Neither beta nor rate was tuned for DPO: the rate is SPPO's.",
+        reading="Neither beta nor rate was tuned for DPO: the rate is SPPO's. At beta = 0.1 it collapses.",
     ),
     "k": Claim(
-        "K = 2 samples per prompt are nearly as good as K = 5",
-        "SPPO, arXiv 2405.00675, ablation of the number of samples",
-        {"K = 5": SPPO, "K = 2": SPPO_2},
-        {**QUALITY, "pairs": total("pairs"), "seconds": total("seconds")},
-        [no_worse("K = 2", "K = 5")],
-        reading="K = 2 has fewer pairs: two samples tie more often than the best and the worst of five.",
+        "P estimated from best and worst of five alone (figure 4's K = 2) is as good as P estimated from all five",
+        "SPPO, arXiv 2405.00675, section 5.3 and figure 4",
+        {
+            "from five": SPPO,
+            "from the two": ("sppo_of_two", SHORT),
+            "from the two, eta 16": ("sppo_of_two", {"eta": 16.0, **SHORT}),
+        },
+        {**QUALITY, "first iterate wins": of("wins_vs_start", 1), "pairs": total("pairs"), "seconds": total("seconds")},
+        [no_worse("from the two", "from five")],
+        reading="All train on best and worst of five. Targets from the two are 5/8 as far from 1/2: hence eta 16.",
     ),
     "teacher": Claim(
         "DNO is better than DNO-Restrictive and than SPIN (24.97 against 19.21 and 16.13)",
