@@ -187,7 +187,7 @@ def test_what_a_run_prints(workdir, capsys, monkeypatch):
 
 
 def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):
-    cli(sppo, *SMALL, "--name", "x", "--max_new_tokens", "5", "--k", "8")
+    cli(sppo, *SMALL, "--name", "x", "--max_new_tokens", "6", "--temperature", "2", "--k", "8")
     said = capsys.readouterr().out
     assert re.search(r"decided by\s+truncation [1-9]", said) and "warning: most pairs only teach to be short" in said
 
