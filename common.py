@@ -4,11 +4,11 @@
     2. Generation                 247  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
-    5. Data and chat templates    387  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    5. Data and chat templates    389  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     194  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
-    8. Evaluation                  81  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   373  runs/NAME; flags; "does it fit?"; errors in one line
+    8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
+    9. Run folder, command line   379  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
