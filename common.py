@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import http.client
 import importlib.metadata
+import inspect
 import json
 import os
 import random
@@ -1356,7 +1357,8 @@ def check_architecture(policy, name):
     config = policy.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])  # GPT-Neo's
     known = types <= {"full_attention", "sliding_attention"} and policy._can_set_attn_implementation()
-    wanted = "only full and sliding attention through transformers' AttentionInterface"
+    known = known and "position_ids" in inspect.signature(policy.base_model.forward).parameters
+    wanted = "only full and sliding attention through transformers' AttentionInterface, at given positions"
     require(known, f"--model {name}: not supported: {wanted}, not {sorted(types) or 'its own'}")
     kept = [n for n, p in policy.named_parameters() if p.dtype != policy.dtype]
     require(not kept, f"--model {name}: not supported in bf16: {kept[:1]} stays in float32")

@@ -56,6 +56,7 @@ REFUSED = {  # and a word of the reason
     "gpt_neo": "local",
     "doge": "a mask of its own",
     "gemma4_text": "head_dim",
+    "plbart": "at given positions",  # takes none
 }
 
 
@@ -166,7 +167,7 @@ def verdict(family, folder):
         print(f"{family}: {error}"[:150], file=sys.stderr)
         kinds = ["AttentionInterface", "its head", "its attention or cache", "its cache, masks or head"]
         kind = next(kind for kind in kinds if kind in str(error))
-        return "refused: " + {kinds[0]: "no plain attention in all layers"}.get(kind, kind)
+        return "refused: " + {kinds[0]: "not all layers are plain attention"}.get(kind, kind)
     lack, nats, same = errors(policy)
     if lack > 1e-5 or nats > 5e-4:
         return f"WRONG: {lack:.1e} of a logit, {nats:.1e} nats"
@@ -178,7 +179,8 @@ def verdict(family, folder):
         common.check_architecture(policy, "")
     except common.UserError as error:
         print(f"{family}: {error}"[:150], file=sys.stderr)
-        return "right in float32, refused in bf16 " + ("for a router" if "stays" in str(error) else "as experts flip")
+        why = "its router stays float32" if "stays" in str(error) else "too noisy"
+        return f"right in float32, refused in bf16: {why}"
     lack, nats, _ = errors(policy)
     return "right" if lack < 0.03 and nats < 0.5 else "right in float32; in bf16 rounding decides between experts"
 
