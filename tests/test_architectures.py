@@ -165,9 +165,10 @@ def verdict(family, folder):
         common.check_architecture(policy, "")
     except common.UserError as error:
         print(f"{family}: {error}"[:150], file=sys.stderr)
-        kinds = ["AttentionInterface", "its head", "its attention or cache", "its cache, masks or head"]
-        kind = next(kind for kind in kinds if kind in str(error))
-        return "refused: " + {kinds[0]: "not all layers are plain attention"}.get(kind, kind)
+        kinds = {"AttentionInterface": "not all layers are plain attention", "its head": "its head"}
+        kinds |= {"its attention or cache": "sinks, masks, caches or sizes of its own"}
+        other = "other numbers than its own forward"
+        return "refused: " + next((kind for word, kind in kinds.items() if word in str(error)), other)
     lack, nats, same = errors(policy)
     if lack > 1e-5 or nats > 5e-4:
         return f"WRONG: {lack:.1e} of a logit, {nats:.1e} nats"
