@@ -94,7 +94,7 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = "--table --record --repeats --seeds --data --no --nproc_per_node --device"  # of commands in tests/, of torchrun
+    theirs = "--table --record --repeats --seeds --data --no --nproc_per_node --device"  # of tests/, of torchrun
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | set(theirs.split())
 
 
