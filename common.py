@@ -5,7 +5,7 @@
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
     5. Data and chat templates    389  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     194  load, check, save; the built-in `tiny`
+    6. Models and checkpoints     195  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
     9. Run folder, command line   379  runs/NAME; flags; "does it fit?"; errors in one line
@@ -25,6 +25,7 @@ import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -1430,15 +1431,15 @@ def load_policy(name, device="cpu", checkpointing=False):
 
 
 def weights_mark(folder):
-    """A hash of the names, the sizes and 64 bytes of every tensor in the .safetensors files of a folder."""
+    """A hash of the names, the sizes and 64 KiB of every tensor in the .safetensors files of a folder."""
     mark = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             mark.update(header)
             for begin, end in re.findall(rb'"data_offsets": *\[(\d+), *(\d+)\]', header):
-                file.seek(8 + len(header) + (int(begin) + int(end)) // 2)
-                mark.update(file.read(64))
+                file.seek(8 + len(header) + max(int(begin), (int(begin) + int(end)) // 2 - 2**15))
+                mark.update(file.read(2**16))  # around its middle
     return mark.hexdigest()
 
 
@@ -1461,7 +1462,8 @@ def check_architecture(policy, name):
     config = policy.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])  # GPT-Neo's
     known = types <= {"full_attention", "sliding_attention"} and policy._can_set_attn_implementation()
-    wanted = "only full and sliding attention through transformers' AttentionInterface"
+    known = known and "position_ids" in inspect.signature(policy.base_model.forward).parameters
+    wanted = "only full and sliding attention through transformers' AttentionInterface, at given positions"
     require(known, f"--model {name}: not supported: {wanted}, not {sorted(types) or 'its own'}")
     kept = [n for n, p in policy.named_parameters() if p.dtype != policy.dtype]
     require(not kept, f"--model {name}: not supported in bf16: {kept[:1]} stays in float32")
