@@ -3,9 +3,9 @@
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 247  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM behind a server, or digits
+    4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    389  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     195  load, check, save; the built-in `tiny`
+    6. Models and checkpoints     197  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
     9. Run folder, command line   379  runs/NAME; flags; "does it fit?"; errors in one line
@@ -1006,7 +1006,7 @@ def load_pairs(source, limit=0):
 def load_rows(flag, source, read, limit=0, keep_all=False):
     """read(row) for each row of a dataset, without repetitions, until there are `limit` (0: no limit).
 
-    Rows that cannot be used are left out and counted by reason; with `keep_all` they become None, and repetitions stay.
+    Rows that cannot be used are skipped and counted by reason; with `keep_all` they become None, and repetitions stay.
     Raises UserError if dataset_rows does, or if no row can be used.
     """
     items, refused, number = {}, Counter(), 0
@@ -1093,7 +1093,7 @@ def is_pointer(path):
 def print_refused(flag, refused, n):
     """Print how many of n rows were refused for each reason."""
     for reason, count in (+refused).most_common(20):
-        print(f"{flag}: {count} of {n} left out: {reason}")
+        print(f"{flag}: {count} of {n} skipped: {reason}")
 
 
 def read_prompt(row):
@@ -1126,7 +1126,7 @@ def read_answer(value, prompt):
         return value
     *before, answer = turns
     if answer["role"] != "assistant" or before != prompt[len(prompt) - len(before) :]:
-        raise Refused("with an answer that is not the assistant's one turn behind the prompt")
+        raise Refused("with an answer that is not one assistant turn after the prompt")
     return answer["content"]
 
 
@@ -1213,7 +1213,7 @@ class Chat:
         prompt, whole = self.write([user]), self.write([user], ANSWER)
         header = whole.split(ANSWER)[0].removeprefix(prompt).rstrip(" ")  # a blank belongs to the answer's first token
         asks = not header.strip() or prompt != self.write([user], generation=False)
-        require(asks, f"--model: its chat template has no generation prompt: add {header!r}, behind prompts, to it")
+        require(asks, f"--model: its chat template has no generation prompt: add {header!r}, after prompts, to it")
         added, stops = tokenizer.added_tokens_decoder, policy.generation_config.eos_token_id or []
         self.stops = sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])})
         behind = whole.split(ANSWER)[1]
@@ -1271,7 +1271,7 @@ class Chat:
         if re.search(r"\w", self.header) and any(self.header in content for content in contents):
             raise Refused("rendered already")
         at = 0
-        for content in contents:  # each behind the one before
+        for content in contents:  # each after the one before
             shown = self.without_thought(content).strip()
             if (at := text.find(shown, at) + len(shown)) < len(shown):
                 raise Refused("with a turn that the chat template does not write")
@@ -1289,7 +1289,7 @@ class Chat:
             both, ids = ids, start + self.tokens(whole.removeprefix(prompt))
             same = same and self.tokenizer.decode(both) == self.tokenizer.decode(ids)
         if not same:
-            raise Refused("with an answer that the chat template does not write as it is behind its prompt")
+            raise Refused("with an answer that the chat template does not write unchanged after its prompt")
         ids = ids[len(start) :]
         ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
         begun = self.opened if self.opened and self.thoughts[self.opened] in answer else ""
@@ -1336,7 +1336,7 @@ def max_length(config):
 def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None, keep_all=False):
     """`rows` with the ids of their prompt as "prompt_ids", and with each text of `answers` as a response.
 
-    change: of the prompt, whose ids become "refined_ids". Rows that cannot be used are left out and counted. With
+    change: of the prompt, whose ids become "refined_ids". Rows that cannot be used are skipped and counted. With
     `keep_all` they stay without ids, and a prompt may be as long as the model's positions allow.
     """
     chat, kept, refused, longest = Chat(policy, tokenizer), [], Counter(), args.max_prompt_tokens
@@ -1402,7 +1402,9 @@ def load_policy(name, device="cpu", checkpointing=False):
     UserError for a model that cannot be loaded, or that this project would compute wrongly.
     """
     config, path = load_config(str(name))
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2's scores, by eager alone
+    capped = getattr(
+        config.get_text_config(), "attn_logit_softcapping", None
+    )  # Gemma 2; only eager attention does this
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     settings |= {"config": config, "attn_implementation": "eager" if capped else None}  # None: not config.json's
@@ -1423,7 +1425,7 @@ def load_policy(name, device="cpu", checkpointing=False):
     torch.backends.cuda.enable_cudnn_sdp(False)
     check_architecture(policy, name)
     check_chat(policy, tokenizer, name)
-    # As if loaded so: a changed one, as by Chat, could not be saved with a temperature but without do_sample.
+    # Chat may have changed the generation config. Marked as unchanged, it can be saved even if it was invalid before.
     policy.generation_config._original_object_hash = hash(policy.generation_config)
     if checkpointing:
         use_checkpointing(policy)
@@ -1667,7 +1669,7 @@ def read_jsonl(path):
 
 
 def belongs(row, item, first):
-    """True if a row of responses.jsonl, by whatever engine, matches `item` and has as many responses as `first`."""
+    """True if a row of responses.jsonl, from any engine, matches `item` and has as many responses as `first`."""
     ys = row["responses"]
     whole = all(isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in ys)
     return whole and len(ys) == len(first["responses"]) > 1 and item.items() <= row.items()
@@ -1852,7 +1854,7 @@ def split_prompts(policy, tokenizer, args):
 
 
 def add_gold(policy, tokenizer, rows, args):
-    """`rows` with the teacher's response as "gold"; those that --gold does not answer are left out and counted."""
+    """`rows` with the teacher's response as "gold"; those that --gold does not answer are skipped and counted."""
     if args.gold == "digits":
         golds = [{"prompt": row["prompt"], "gold": "".join(sorted(row["prompt"][-1]["content"]))} for row in rows]
     else:
@@ -1895,9 +1897,9 @@ def split_rows(policy, tokenizer, rows, args):
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
     first = [next(turn["content"] for turn in row["prompt"] if turn["role"] == "user") for row in rows + held_out]
-    known = set(first[: len(rows)])
-    if begun := sum(question in known for question in first[len(rows) :]):
-        print(f"{begun} of those held out begin with the first turn of a prompt to train on")
+    trained, asked = set(first[: len(rows)]), first[len(rows) :]
+    if shared := sum(question in trained for question in asked):
+        print(f"{shared} of the held-out prompts share their first turn with a training prompt")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
 
@@ -2037,8 +2039,8 @@ def check_fit(args):
 
 
 def flag(default, help, low=0, high=1e9, free=False):
-    """A field of a script's Args. Numbers must lie in [low, high]. --resume may change what is free: it decides where,
-    how fast and with how much memory a run goes on, not what it learns.
+    """A field of a script's Args. Numbers must lie in [low, high]. --resume may change a free flag, as it decides where,
+    how fast and with how much memory a run resumes, not what it learns.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
 
@@ -2147,7 +2149,7 @@ def cli(main, args_class, recipes, description, argv=None):
             what = str(error).split(". Tried")[0][:200] or "out of memory"
             require("non-finite" not in what, "a gradient is not finite; lower --learning_rate")
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in what
-            require(not memory, f"{what}; go on with --resume and lower --slots or --micro_tokens")
+            require(not memory, f"{what}; lower --slots or --micro_tokens, then --resume")
             disk = isinstance(error, SafetensorError) or "inline_container" in what  # inside torch.save
             require(not disk, f"{what}; make room on the disk, then --resume")
             raise

@@ -151,7 +151,7 @@ PAPER = {
     "checkpointing": True,
     "learning_rate": 5e-7,
 }
-# Learned at 135 M, two iterations: wins 0.78, by answers that praise themselves (tests/README.md). Not tried at 0.5 B.
+# Tried at 135 M, two iterations: wins 0.78 with answers that praise themselves (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "top_p": 0.9, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"tiny": {}, "mistral-7b": PAPER, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL, "other": PAPER}
@@ -197,7 +197,7 @@ def dno_exact_loss(logps_1, logps_2, ref_logps_1, ref_logps_2, r_1, r_2, eta):
 
 
 def win_rates(prefs):
-    """r_t(y) as Algorithm 2, line 5, ranks by it: the mean preference over the other candidates, y itself left out.
+    """r_t(y), by which Algorithm 2, line 5, ranks: the mean preference over the other candidates, y itself left out.
 
     Source: arXiv 2404.03715. prefs (B, K, K), prefs[b, i, j] = P(y_i > y_j). Returns (B, K) in [0, 1].
 
@@ -221,7 +221,7 @@ def repeats(ids, n=4):
 
 
 def rank_responses(judge, rows, args):
-    """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others and, by a judge of points, "points".
+    """Algorithm 2, line 5: {"win_rate": K floats} of each row, over the others, and "points" if the judge gives them.
 
     A truncated response, or one that repeats itself, loses to all others and gets 0 points. With --variant spin the
     teacher wins and the judge is not asked.
@@ -292,7 +292,7 @@ def smooth_reference(pairs, args):
 
 
 def main(args):
-    """Run DNO; returns the metrics of every iterate, the start first."""
+    """Run DNO. Returns the metrics of every iterate, the base model's first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
     judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None
@@ -344,7 +344,7 @@ def main(args):
                 else:
                     loss = dno_loss(*logps.T, *ref_logps.T, args.eta)  # Alg. 2, line 7
                     loss = loss - args.sft_alpha * logps[:, 0]  # departure 4
-                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, whatever the micro-batches
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
             losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # of all GPUs; it sums gradients, too

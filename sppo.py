@@ -12,22 +12,23 @@ It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_T/{r
 answers}.jsonl, iter_T/outputs.json (the answers for alpaca_eval), iter_T/policy, and final, the best iterate's policy.
 
 Where this file departs from the paper, and why:
- 1. A truncated response loses to any finished one, whatever the judge says, which may not notice the missing end.
+ 1. A truncated response loses to any finished one, whatever the judge says: it may not notice that the end is missing.
  2. A prompt whose best and worst response are the same, or tie, is dropped: it would only teach "stay where you are".
  3. A response may have 1024 new tokens; the paper gives 1024 to prompt and response together.
  4. The prompts are those of UltraFeedback's binarized version, and which third a prompt is in is drawn anew: the
     authors' own thirds are UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, 2 and 3.
  5. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
- 6. A preference of exactly 0 or 1, as by rule 1, has no finite score: it counts as -14 or 14. Best and worst go by the
-    mean of the scores, as the paper says, targets by the mean preference: where a judge is very sure, these may differ.
+ 6. A preference of exactly 0 or 1, as rule 1 makes them, has no finite score: it counts as -14 or 14. As in the paper,
+    the mean score decides which responses are best and worst, and the mean preference is the target. Where a judge is
+    very sure, the two may rank differently.
  7. `final` is the best iterate on held-out prompts, if it beats the base model. The paper reports all three iterates
     and uses held-out prompts to choose hyperparameters (section 5.1); choosing an iterate is DNO's rule.
  8. With --log_z estimate, eq. 4.5's mean runs over the same K responses, each response's own included; the paper
     speaks of new samples.
 Where the paper and its official code (uclaml/SPPO) differ otherwise, this file follows the paper. The code
  a. samples at temperature 0.7, top-p 0.9, up to 2048 tokens: --temperature 0.7 --top_p 0.9 --max_new_tokens 2048;
- b. calls 1/eta `beta` and adds losses of its own; TRL calls the hard-label one `sppo_hard`, here --targets hard;
+ b. calls 1/eta `beta` and has further losses; TRL calls the hard-label one `sppo_hard`, here --targets hard;
  c. gives each response one score, P = sigmoid(score_i - score_j), so that preferences cannot be cyclic: --preference
     official. The paper's sigmoid(s(y, y')) may be cyclic; here s is the mean of both orders;
  d. gives PairRM the prompt in the policy's chat template. PairRM was trained on plain text, so it gets that here;
@@ -204,9 +205,9 @@ def sppo_loss(logps, ref_logps, win_rate, eta, log_z=None):
 def make_pairs(rows, prefs, args):
     """Algorithm 1, line 5: of each row the "responses" to train on, best first, with their "win_rate" and "log_z".
 
-    rows: B rows with "responses"; prefs (B, K, K). Trained on are the best and the worst, or all K, by the mean score
+    rows: B rows with "responses"; prefs (B, K, K). The best and the worst are chosen, or all K, by the mean score
     s(y) = 1/K sum_k s(y, y_k) of section 5, where P(y > y') = sigmoid(s(y, y')). A row whose best and worst are the
-    same or tie is left out. "win_rate" and "log_z" have a number for each of the responses.
+    same or tie is dropped. "win_rate" and "log_z" have a number for each of the responses.
     """
     win_rate = win_rates(prefs)  # (B, K)
     half = torch.full((len(rows),), args.eta / 2)
@@ -228,7 +229,7 @@ def make_pairs(rows, prefs, args):
 
 
 def main(args):
-    """Run SPPO; returns the metrics of every iterate, the start first."""
+    """Run SPPO. Returns the metrics of every iterate, the base model's first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
     judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None
@@ -273,7 +274,7 @@ def main(args):
                 win_rate = torch.tensor([pair["win_rate"] for pair in micro], device=policy.device)
                 log_z = torch.tensor([pair["log_z"] for pair in micro], device=policy.device)
                 loss = sppo_loss(logps, ref_logps, win_rate, args.eta, log_z).mean(1)  # eq. 4.7
-                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, whatever the micro-batches
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
             losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # of all GPUs; it sums gradients, too

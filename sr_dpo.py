@@ -55,7 +55,7 @@ from common import (
     sum_over_ranks,
 )
 
-REFINE_PROMPTS = {  # p, by name: --refine_prompt takes one of these names, or a text of your own
+REFINE_PROMPTS = {  # p by name; --refine_prompt also takes your own text
     "usefulness": "Answer the query below so that its usefulness, on a scale from 1 to 100, would be rated 100, and so "
     "that the answer does no harm.\n\nQuery: ",
     "expert": "Answer the query below as an expert would: correctly, completely and to the point.\n\nQuery: ",
@@ -123,7 +123,7 @@ PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1
 }
 HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is supervised on its chosen answers first
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
-# Tried at 135 M on few pairs: accuracy rises, by Sr-DPO as by DPO (tests/README.md). Not tried at 0.5 B.
+# Tried at 135 M on few pairs: Sr-DPO raises accuracy as much as DPO does (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 160, "max_new_tokens": 64, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL}
@@ -267,7 +267,7 @@ def measure(policy, pairs, args):
 
 
 def main(args):
-    """Run Sr-DPO or Sr-IPO; returns the metrics of every iterate, the start first."""
+    """Run Sr-DPO or Sr-IPO. Returns the metrics of every iterate, the base model's first."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judges = load_judge(args) if args.judge else None, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
@@ -306,7 +306,7 @@ def main(args):
                     delta = refinement(*logps_p.T, *ref_logps_p.T, beta)  # eq. 12
                 logps = pair_logps(policy, micro)
                 loss = loss_of(*logps.T, *ref_logps.T, delta, beta, args.lam)  # eq. 13 or 15
-                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, however it is cut
+                (loss.sum() / len(batch)).backward()  # the mean over the whole batch, whatever the micro-batches
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
                 deltas.append(delta)

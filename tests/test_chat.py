@@ -309,6 +309,6 @@ def test_rows_are_left_out_and_counted_by_reason(capsys):
     assert kept["n"] == 0 and kept["gold"]["text"] == "yes" and len(kept["gold"]["ids"]) == 2
     said = capsys.readouterr().out
     for n, why in ((3, "with </s> in"), (1, "rendered already"), (1, "over --max_prompt")):
-        assert f"--gold: {n} of 6 left out: {why}" in said
+        assert f"--gold: {n} of 6 skipped: {why}" in said
     said = stopped(capsys, common.encode_rows, policy, t, rows[1:4], args)
     assert "none is left: all are with </s> in the text or rendered already" in said

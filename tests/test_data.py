@@ -143,7 +143,7 @@ def test_what_would_be_lost_is_left_out_and_counted_by_name(tmp_path, capsys, ro
     good = {"prompt": "good", "chosen": "fine", "rejected": "bad"}
     path = write(tmp_path / "p.jsonl", good, {"chosen": "a", "rejected": "b"} | row if isinstance(row, dict) else row)
     assert [pair["prompt"] for pair in load_pairs(path)] == [user("good")]
-    assert "1 of 2 left out: " in (said := capsys.readouterr().out) and reason in said
+    assert "1 of 2 skipped: " in (said := capsys.readouterr().out) and reason in said
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]}]
@@ -200,7 +200,7 @@ def test_what_a_file_holds_is_read_line_by_line_and_each_time_anew(tmp_path, mon
         b'{"prompt": "a"}\n{"prompt": "\xe9"}\nnull\n[1]\n{"prompt"\n\n{"prompt": "b", "system": "late"}\n'
     )
     assert [prompt[-1]["content"] for prompt in load_prompts("p.jsonl")] == ["a", "b"]
-    assert "p.jsonl: 4 of 6 left out: of no known shape, no JSON object in UTF-8" in capsys.readouterr().out
+    assert "p.jsonl: 4 of 6 skipped: of no known shape, no JSON object in UTF-8" in capsys.readouterr().out
     (tmp_path / "folder").mkdir()
     for text in ("old", "new"):
         for name in ("p.jsonl", "folder/train.jsonl"):
@@ -268,8 +268,8 @@ def test_outputs_json_has_every_evaluation_prompt_in_its_place(workdir, capsys):
         assert [row["instruction"] for row in rows] == ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45", ""]
         assert [row["output"] != "" for row in rows] == [True, True, False, False, True, False, True, False]
         assert rows[0]["output"] == rows[1]["output"]
-    assert "e.jsonl: 1 of 8 left out: with tools" in said and "--eval_prompts: 1 of 8 left out: with </s>" in said
-    assert "--eval_prompts: 1 of 8 left out: over --max_prompt_tokens 496" in said
+    assert "e.jsonl: 1 of 8 skipped: with tools" in said and "--eval_prompts: 1 of 8 skipped: with </s>" in said
+    assert "--eval_prompts: 1 of 8 skipped: over --max_prompt_tokens 496" in said
 
 
 def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
@@ -308,7 +308,7 @@ def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
     assert kept[0]["gold"] == {"text": "13", "ids": [*tokenizer("13").input_ids, 1], "finished": True, "teacher": True}
     assert len(kept[1]["gold"]["ids"]) == 3 and not kept[1]["gold"]["finished"]  # cut, without EOS
     said = capsys.readouterr().out
-    assert "2 of 5 left out: unanswered" in said and "--gold: 1 of 3 left out: with </s> in the text" in said
+    assert "2 of 5 skipped: unanswered" in said and "--gold: 1 of 3 skipped: with </s> in the text" in said
     assert "answers none" in stopped(capsys, common.add_gold, policy, tokenizer, rows[4:], args)
     args.gold = "digits"
     assert [row["gold"]["text"] for row in common.add_gold(policy, tokenizer, rows, args)][:2] == ["13", "25"]

@@ -147,8 +147,8 @@ def test_what_is_left_out_is_counted(workdir, capsys):
     rows, _ = rows_of(pairs)
     out = capsys.readouterr().out
     assert [row["prompt"][0]["content"] for row in rows] == ["4"]
-    assert "--pairs: 1 of 4 left out: over --max_prompt_tokens 64" in out
-    assert "--pairs with p: 1 of 3 left out: over --max_prompt_tokens 64" in out
+    assert "--pairs: 1 of 4 skipped: over --max_prompt_tokens 64" in out
+    assert "--pairs with p: 1 of 3 skipped: over --max_prompt_tokens 64" in out
     assert "--pairs: 2 of 4 responses are truncated at --max_new_tokens 16" in out
     assert "--pairs: 1 of 2 skipped: their truncated responses are equal" in out
 
