@@ -3,7 +3,7 @@
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 247  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     333  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
+    4. Judges                     334  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    389  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     197  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
@@ -843,6 +843,7 @@ class LLMJudge:
         print(f"judge: {model} at {url}")  # --resume has the address from a file
         self.url, self.model, self.cache = url.rstrip("/"), model, cache
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
+        require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
         self.opener = urllib.request.OpenerDirector()  # without the handlers that follow redirects
         for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.opener.add_handler(handler())
@@ -2039,7 +2040,7 @@ def check_fit(args):
 
 
 def flag(default, help, low=0, high=1e9, free=False):
-    """A field of a script's Args. Numbers must lie in [low, high]. --resume may change a free flag, as it decides where,
+    """A field of a script's Args. Numbers must lie in [low, high]. --resume may change a free flag: it decides where,
     how fast and with how much memory a run resumes, not what it learns.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
