@@ -1,14 +1,14 @@
 """What sppo.py, dno.py and sr_dpo.py share. Each section depends only on those above it.
 
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
-    2. Generation                 247  generate: K samples per prompt, from a KV cache whose rows are refilled
+    2. Generation                 249  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     334  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
-    5. Data and chat templates    389  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    5. Data and chat templates    390  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     197  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   379  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   384  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -52,6 +52,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+import __main__
 
 try:  # comes with torch's CUDA builds
     import triton
@@ -437,8 +439,10 @@ def generate(
     is greedy. on_done(n) is called when n more responses have ended. Raises ValueError for empty prompts and numbers
     out of range.
     """
-    if not prompts or not all(map(len, prompts)) or min(k, max_new_tokens, slots) < 1 or not 0 < top_p <= 1:
-        raise ValueError("generate wants prompts of at least one token, k, max_new_tokens, slots >= 1, 0 < top_p <= 1")
+    in_range = min(k, max_new_tokens, slots) >= 1 and 0 < top_p <= 1 and temperature >= 0
+    if not prompts or not all(map(len, prompts)) or not in_range:
+        wanted = "k, max_new_tokens, slots >= 1, 0 < top_p <= 1, temperature >= 0"
+        raise ValueError(f"generate wants prompts of at least one token, {wanted}")
     device, config, capacity = policy.device, policy.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
     fit = 0.7 * free_memory(device.type) / slot_bytes(config, capacity, policy.dtype.itemsize)
     slots = max(1, min(slots, int(fit), len(prompts) * k))
@@ -498,7 +502,7 @@ def generate(
         # 3. Decode, and look at the rows only now and then: a look waits for the device.
         for _ in range(SYNC_EVERY[device.type]):
             step()
-        # 4. A row whose response ended hands it over and is idle.
+        # 4. A row whose response ended returns it and becomes idle.
         goes_on = live.tolist()
         ended = [row for row in owner if not goes_on[row]]
         for row, ids, n in zip(ended, tokens[ended].tolist(), count[ended].tolist(), strict=True):
@@ -730,7 +734,7 @@ class PairRM:
 
     It reads a prompt and two responses and gives a logit M(y1, y2), in general not -M(y2, y1). As a judge it takes both
     orders: P(y_i > y_j) = sigmoid((M_ij - M_ji) / 2), which may be cyclic. It is on the GPU only while it judges. A
-    prompt is a text or a list of messages. Raises UserError for a folder or hub id that is no PairRM.
+    prompt is a text or a list of messages. Raises UserError for a folder or hub id without a PairRM.
 
     >>> judge = PairRM(device="cuda")  # doctest: +SKIP
     >>> judge(["Capital of France?"], [["Paris", "Rome", "I don't know"]])  # (1, 3, 3)  # doctest: +SKIP
@@ -748,7 +752,7 @@ class PairRM:
         except Exception as error:
             why = f"no PairRM like llm-blender/PairRM-hf ({str(error)[:300]})"
             raise UserError(f"{name}: {why}; give a folder, or a hub id ORG/NAME") from error
-        require(not missing, f"{name}: not all of PairRM: it lacks {', '.join(missing[:3])}")
+        require(not missing, f"{name}: incomplete PairRM, it lacks {', '.join(missing[:3])}")
         self.net.eval()
 
     def encode(self, text):
@@ -956,7 +960,7 @@ def read_points(reply, n):
             pairs = json.loads(text[brace.start() :], strict=False, object_pairs_hook=list)  # keys may come twice
     found = sorted((int(key[2:-6]), str(score)) for key, score in pairs if re.fullmatch(r"id\d+_score", key))
     if [i for i, _ in found] != list(range(n)) or not all(re.fullmatch(r"[0-6](\.0)?", score) for _, score in found):
-        raise ValueError("its reply has not 0 to 6 points for each answer")
+        raise ValueError("its reply does not give each answer 0 to 6 points")
     return [int(score[0]) for _, score in found]
 
 
@@ -1106,8 +1110,9 @@ def read_prompt(row):
     given = row.get("prompt") or (texts[0] if len(texts) == 1 else "\n\n".join(texts))
     if row.get("prompt") and any(text != given for text in texts):
         raise Refused("with another question beside its prompt")
-    prompt = as_messages(given) if given else as_messages(row.get("messages") or row["chosen"])[:-1]
-    prompt = prompt[:-1] if prompt[-1:] == [{"role": "assistant", "content": ""}] else prompt  # "Assistant:"
+    prompt = as_messages(given or row.get("messages") or row["chosen"])
+    if prompt and prompt[-1]["role"] == "assistant" and not (given and prompt[-1]["content"]):  # given: "Assistant:"
+        prompt = prompt[:-1]
     if as_messages(row.get("messages", prompt))[: len(prompt)] != prompt:
         raise Refused("with messages that do not begin with its prompt")
     for system in (row[name] for name in ("system", "system_prompt") if row.get(name)):
@@ -1146,7 +1151,7 @@ def read_pair(row):
     prompt = read_prompt(row)
     pair = {"prompt": prompt, **{name: read_answer(row[name], prompt) for name in ("chosen", "rejected")}}
     if not pair["chosen"].strip() or not pair["rejected"].strip() or pair["chosen"] == pair["rejected"]:
-        raise Refused("with an empty answer, or twice the same")
+        raise Refused("with an empty answer, or two equal ones")
     if "score_chosen" in row and "score_rejected" in row:
         pair["gap"] = row["score_chosen"] - row["score_rejected"]
     return pair
@@ -1171,7 +1176,7 @@ def refuse_unread(fields, known):
     for name, value in fields.items():
         value = [part for part in value.values() if part is not None] if isinstance(value, dict) else value
         if name not in known and not IGNORED.fullmatch(name) and value not in (None, "", [], "[]", "{}", "null"):
-            raise Refused(f"with {name}, which is not supported")
+            raise Refused(f"with {name}, which is not supported; remove the field if it does not matter")
 
 
 def digit_prompts(n, seed):
@@ -1214,7 +1219,7 @@ class Chat:
         prompt, whole = self.write([user]), self.write([user], ANSWER)
         header = whole.split(ANSWER)[0].removeprefix(prompt).rstrip(" ")  # a blank belongs to the answer's first token
         asks = not header.strip() or prompt != self.write([user], generation=False)
-        require(asks, f"--model: its chat template has no generation prompt: add {header!r}, after prompts, to it")
+        require(asks, f"--model: its chat template has no generation prompt: make it append {header!r} to prompts")
         added, stops = tokenizer.added_tokens_decoder, policy.generation_config.eos_token_id or []
         self.stops = sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])})
         behind = whole.split(ANSWER)[1]
@@ -1270,7 +1275,7 @@ class Chat:
         """Token ids of what the policy is to answer."""
         text, contents = self.write(messages), [message["content"] for message in messages]
         if re.search(r"\w", self.header) and any(self.header in content for content in contents):
-            raise Refused("rendered already")
+            raise Refused("already formatted with the chat template")
         at = 0
         for content in contents:  # each after the one before
             shown = self.without_thought(content).strip()
@@ -1316,7 +1321,7 @@ def check_chat(policy, tokenizer, name):
     if file := transformers.utils.cached_file(tokenizer.name_or_path, "tokenizer.json", **optional):
         right = transformers.PreTrainedTokenizerFast(tokenizer_file=file)(text, add_special_tokens=False).input_ids
         remedy = 'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
-        wrong = f"{type(tokenizer).__name__} splits text otherwise than its tokenizer.json says"
+        wrong = f"{type(tokenizer).__name__} does not tokenize text as its tokenizer.json does"
         require(chat.tokens(text) == right, f"--model {name}: {wrong}; {remedy}")
     added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
     known = [x for x in chat.thoughts if x not in THOUGHTS or x in tokenizer.chat_template or x.startswith(added)]
@@ -1450,7 +1455,7 @@ def read_remainders(policy, folder):
     """Restore the float32 master from the folder's master.remainders, unless another tool wrote the weights there."""
     with safe_open(folder / "master.remainders", "pt", str(policy.device)) as file:  # "cuda" would be cuda:0
         if (file.metadata() or {}).get("weights") != weights_mark(folder):
-            print(f"{folder}/master.remainders is not used: the weights beside it are of another tool")
+            print(f"{folder}/master.remainders is not used: another tool wrote the weights beside it")
             return
         for n, p in policy.named_parameters():
             if p.dtype == torch.float32:
@@ -1802,6 +1807,9 @@ def start_run(args, main):
     the flags and what else decides the result: the versions, the git commit, and which functions were replaced.
     """
     run, file = run_folder(args), Path(main.__code__.co_filename)
+    if not args.resume:
+        files = from_rank0(lambda: {x.name for x in run.glob("*")} - {"config.json.part"})  # of a killed start
+        require(args.name and not files, f"--name {args.name}: {run} exists; take another name, or --resume {run}")
     from_rank0(lambda: lock(run))
     if not args.resume:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
@@ -1809,7 +1817,8 @@ def start_run(args, main):
         with contextlib.suppress(OSError):  # git is not installed
             done = subprocess.run(["git", "-C", file.parent, *git], capture_output=True, text=True)
             versions["commit"] = done.stdout.strip()
-        facts = {"script": file.stem, "replaced": replaced_functions(main), "versions": versions}
+        facts = {"script": file.stem, "program": Path(getattr(__main__, "__file__", "notebook")).name}
+        facts |= {"replaced": replaced_functions(main), "versions": versions}
         write_json(run / "config.json", vars(args) | facts)
     config, path = load_config(args.model)
     theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
@@ -1929,7 +1938,8 @@ def report_pairs(t, rows, pairs, began):
     print_numbers(t, {**counts, "decided by truncation": truncation, "seconds": round(time.time() - began)})
     if 2 * truncation > len(pairs):
         print("    warning: most pairs only teach to be short; raise --max_new_tokens")
-    for pair in sorted(pairs, key=lambda pair: -pair["win_rate"][0])[:1]:
+    if pairs:
+        pair = max(pairs, key=lambda pair: pair["win_rate"][0])
         for word, i in (("best", 0), ("worst", -1)):
             print(f"    {word}, win rate {pair['win_rate'][i]:.2f}: {pair['responses'][i]['text'][:50]!r}")
 
@@ -1955,7 +1965,7 @@ def finish_iterate(run, history, log, metrics, policy=None, tokenizer=None, step
 
 def finish_run(run, history):
     """Point runs/NAME/final and outputs.json to the best iterate on held-out prompts, unless that is the base model."""
-    remedy = "raise --k, --temperature or --max_new_tokens, in dno.py lower --margin or --min_score"
+    remedy = "raise --k, --temperature or --max_new_tokens, or lower dno.py's --margin or --min_score"
     require(len(history) > 1, f"no training pairs: all responses tied or the margins were too small; {remedy}")
     if RANK:
         return
@@ -1984,7 +1994,10 @@ def tracker(args, run):
     require(installed, f"--track {args.track}: it is not installed; pip install {args.track}")
     module = importlib.import_module(args.track)
     same = {"id": run.name} if args.track == "wandb" else {}  # trackio resumes by name
-    module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
+    try:
+        module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
+    except Exception as error:  # without a key, say
+        raise UserError(f"--track {args.track}: {error}") from error
 
     def log(kind, values, samples=()):
         numbers = {f"{kind}/{name}": x for name, x in values.items() if isinstance(x, (int, float))}
@@ -2033,10 +2046,10 @@ def check_fit(args):
     memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} available"
     print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
     larger = "take a smaller --model or a larger GPU"
-    require(sampling < have, f"--model {args.model}: to sample takes {sampling:.0f} GB of {have:.0f}; {larger}")
+    require(sampling < have, f"--model {args.model}: sampling needs {sampling:.0f} GB of {have:.0f}; {larger}")
     remedy = f"lower --micro_tokens, give --checkpointing, or {larger}"
-    require(training < have, f"--model {args.model}: training takes {training:.0f} GB of {have:.0f}; {remedy}")
-    require(disk < free, f"runs/ takes {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
+    require(training < have, f"--model {args.model}: training needs {training:.0f} GB of {have:.0f}; {remedy}")
+    require(disk < free, f"runs/ needs {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
 
 
 def flag(default, help, low=0, high=1e9, free=False):
@@ -2084,7 +2097,7 @@ def parse_flags(main, args_class, recipes, description, argv):
         other = f"a run of {saved['script']}.py; resume it with python {saved['script']}.py"
         require(saved["script"] == script, f"--resume {preview.resume}: {other}")
         own, theirs = (", ".join(names) or "none" for names in (replaced_functions(main), saved.get("replaced", [])))
-        other = f"begun with other functions replaced ({theirs}) than now ({own}); resume it by the file that began it"
+        other = f"it began with {theirs} replaced, now {own}; resume it with python {saved.get('program')}"
         require(own == theirs, f"--resume {preview.resume}: {other}")
         argv = [f"--{name}={saved[name]}" for name in vars(preview) if name in saved] + argv
     flags, unknown = parser.parse_known_args(argv)
@@ -2107,9 +2120,6 @@ def parse_flags(main, args_class, recipes, description, argv):
     require(valid_name, f"--name {args.name!r}: use at most 100 letters, digits and . _ + -")
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
     args.name = args.name or from_rank0(lambda: f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run = run_folder(args)
-    files = from_rank0(lambda: {x.name for x in run.glob("*")} - {"config.json.part"})  # as a killed start leaves it
-    require(args.resume or not files, f"--name {args.name}: {run} exists; take another name, or --resume {run}")
     return args
 
 

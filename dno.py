@@ -7,7 +7,7 @@ target sigmoid(r_t(y1) - r_t(y2)) (eq. 8; eq. 12 is the same), least where pi_{t
 pi_t exp(r_t / eta), eq. 9.
 
     python dno.py                       the built-in task, two minutes on two CPU cores: 0.11 -> 0.91 right
-    python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    all of it your own
+    python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    your model, data and judge
 
 It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
 
@@ -117,14 +117,14 @@ class Args:
     batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
     # memory and run
-    slots: int = flag(256, "Most responses decoded together; fewer if memory is short.", low=1, free=True)
+    slots: int = flag(256, "Most responses decoded at once; fewer if memory is short.", low=1, free=True)
     micro_tokens: int = flag(16384, "Padded tokens per micro-batch; lower it to save memory.", low=1, free=True)
     checkpointing: bool = flag(False, "Recompute layers in backward: slower, less memory.", free=True)
     checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
-    track: Literal["", "wandb", "trackio"] = flag("", "Send metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 

@@ -1,12 +1,12 @@
 """SPPO, Self-Play Preference Optimization: regress each response's log-ratio on its win rate against the policy.
 
 Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4.7. In each iteration the policy pi_t
-answers every prompt K times, a judge says how likely each answer is to be preferred to each other one, and the policy
+answers every prompt K times, a judge estimates the probability that each is preferred to each other, and the policy
 moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
     python sppo.py                       the built-in task, two minutes on two CPU cores: 0.14 -> 0.89 right
-    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in three, PairRM; one 80 GB GPU; untested
-    python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    all of it your own, at the paper's settings
+    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in thirds, PairRM; one 80 GB GPU; untested
+    python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    your model, data and judge
 
 It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_T/{responses,preferences,pairs,steps,
 answers}.jsonl, iter_T/outputs.json (the answers for alpaca_eval), iter_T/policy, and final, the best iterate's policy.
@@ -109,23 +109,23 @@ class Args:
     batch_size: int = flag(16, "Prompts per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
     # memory and run
-    slots: int = flag(256, "Most responses decoded together; fewer if memory is short.", low=1, free=True)
+    slots: int = flag(256, "Most responses decoded at once; fewer if memory is short.", low=1, free=True)
     micro_tokens: int = flag(16384, "Padded tokens per micro-batch; lower it to save memory.", low=1, free=True)
     checkpointing: bool = flag(False, "Recompute layers in backward: slower, less memory.", free=True)
     checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
-    track: Literal["", "wandb", "trackio"] = flag("", "Send metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
     def __post_init__(self):
         allowed = self.targets == "soft" or (self.pairing == "extremes" and self.log_z == "half")
         if not allowed:
-            raise ValueError(
-                "--targets hard: give --pairing extremes and --log_z half; only best and worst are 1 and 0"
-            )
+            raise ValueError("--targets hard: give --pairing extremes and --log_z half; only best and worst are 1, 0")
+        if 0 < self.schedule_epochs < self.epochs:
+            raise ValueError(f"--schedule_epochs {self.schedule_epochs}: must be 0 or at least --epochs {self.epochs}")
 
 
 PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, iterations: the defaults; see 3. above
@@ -140,7 +140,7 @@ PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, itera
     "schedule_epochs": 18,
     "batch_size": 64,
 }
-# What learned at 135 M; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts at 0, so that the
+# What worked at 135 M; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts at 0, so that the
 # first steps are up to ten times the rate: hence the long warm-up.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "top_p": 0.9}
 SMALL |= {"learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4, "micro_tokens": 2048}

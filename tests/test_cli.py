@@ -76,6 +76,7 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--device cuda", "--device cuda: no CUDA GPU here; use --device cpu"),
     (sppo, "--targets hard --pairing all", "--targets hard: give --pairing extremes"),
     (dno, "--variant spin --gold=", "--variant spin: its pairs are won by a teacher; give --gold"),
+    (sppo, "--schedule_epochs 1", "--schedule_epochs 1: must be 0 or at least --epochs 3"),
     (dno, "--tau 3", "--tau 3.0: must be at most --eta 2.0"),
     (sppo, "--eval_judge nobody", "--eval_judge nobody: no PairRM"),
     (sppo, "--name a/b", "--name 'a/b': use at most 100 letters"),

@@ -23,7 +23,7 @@ def test_the_run_folder_holds_what_the_readme_says(workdir, script):
     folder = workdir / "runs/x"
     table, parts = lines(folder / "metrics.jsonl"), []
     config = [field.name for field in dataclasses.fields(script.Args)]
-    config += ["script", "replaced", "versions", "fingerprints"]
+    config += ["script", "program", "replaced", "versions", "fingerprints"]
     assert list(json.loads((folder / "config.json").read_text())) == config  # as in --help
     for t in range(1, len(table)):
         names = ["pairs", "steps", "answers", *([] if script is sr_dpo else ["responses", "preferences"])]

@@ -97,7 +97,7 @@ common.cli(sppo.main, sppo.Args, sppo.RECIPES, sppo.__doc__)
     ("name", "fault", "flags", "line"),
     [
         ("make_optimizer", "differ", {}, "the ranks' policies have diverged"),
-        ("evaluate", "no_memory", {}, "rank 1: CUDA out of memory; go on with --resume"),
+        ("evaluate", "no_memory", {}, "rank 1: CUDA out of memory; lower --slots or --micro_tokens, then --resume"),
         ("evaluate", "evaluate", {"k": 1}, "--k 1: must be from 2 to 128"),
         ("evaluate", "evaluate", {"resume": "runs/nothing"}, "not the folder of a run"),  # rank 0's error on all ranks
     ],

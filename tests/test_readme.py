@@ -127,11 +127,15 @@ def test_the_code_that_is_shown_runs(workdir, monkeypatch, capsys):
 
 
 def test_two_runs_are_compared_on_their_common_prompts(workdir, capsys):
-    def answer(prompt, text):
-        return {"prompt": [{"role": "user", "content": prompt}], "responses": [{"text": text, "finished": True}]}
+    def answers(run, texts):
+        rows = [
+            {"prompt": [{"role": "user", "content": x}], "responses": [{"text": y, "finished": True}]}
+            for x, y in texts.items()
+        ]
+        common.write_jsonl(workdir / f"runs/{run}/iter_3/answers.jsonl", rows)
 
-    common.write_jsonl(workdir / "runs/a/iter_3/answers.jsonl", [answer("21", y) for y in ("12", "12", "11", "22")])
-    common.write_jsonl(workdir / "runs/b/iter_3/answers.jsonl", [answer("21", y) for y in ("12", "21", "21", "12")])
+    answers("a", {"21": "12", "2 1": "12", "2-1": "11", "2,1": "22", "of a alone": "1"})
+    answers("b", {"of b alone": "1", "2,1": "12", "2-1": "21", "2 1": "21", "21": "12"})
     exec(README.split("```python\n")[2].split("```")[0], {})
     assert capsys.readouterr().out == "[0.5, 0.25, 0.25]\n"  # "12" wins over "21", "11" over "21"
 

@@ -331,6 +331,16 @@ def test_a_damaged_file_is_made_again_or_named(stopped_run, workdir, capsys, nam
 # One process, one set of flags, one set of answers --------------------------------------------------------------------
 
 
+def test_a_second_run_of_the_same_name_is_refused_and_changes_nothing(workdir):
+    start("sr_dpo", "x")
+    before = {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()}
+    with pytest.raises(common.UserError, match="runs/x exists; take another name"):
+        start("sr_dpo", "x")
+    assert {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()} == before
+    with pytest.raises(common.UserError, match="--name"):
+        sr_dpo.main(sr_dpo.Args())
+
+
 def test_a_run_in_which_another_process_works_is_left_alone(workdir, capsys):
     start("sr_dpo", "x")
     before = {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()}
