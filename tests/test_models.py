@@ -169,7 +169,7 @@ def test_the_clock_of_checkpoints_cannot_be_set_back(tmp_path, monkeypatch):
         ),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "make room on the disk"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --slots or --micro_tokens"),
-        (MemoryError(), "out of memory; go on with --resume and lower"),
+        (MemoryError(), "out of memory; lower --slots or --micro_tokens"),
     ],
     ids=str,
 )
