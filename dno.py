@@ -29,9 +29,9 @@ Where this file departs from the paper, or fills what it leaves open:
     quarter of its prompts, and only these are used; the run prints how many. Lengths of 512 + 1024 tokens are ours.
  8. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
---tau is appendix A's regularised game, Algorithm 3 with option I (win rates against pi_t); option II also samples from
-the smoothed policy. In three iterations it changes little. A line away are INPO (a squared loss on this reference),
-COMAL (the same, pi_ref moves), online IPO (a squared loss, pi_ref alone) and REBEL (a squared loss, pi_t alone).
+--tau is appendix A's regularised game, Algorithm 3 with option I; in three iterations it changes little. Option II, which
+also samples from the smoothed policy, is not here. A line away are INPO (a squared loss on this reference), COMAL (pi_ref
+moves), online IPO (squared, pi_ref alone) and REBEL (squared, pi_t alone).
 eta multiplies the log-ratio here (DPO's beta), so at the optimum it divides the preference; SPPO's eta is its inverse.
 """
 
@@ -97,8 +97,7 @@ class Args:
     k: int = flag(5, "Responses sampled per prompt.", low=2, high=128)
     variant: Literal["dno", "restrictive", "spin", "all", "exact"] = flag(
         "dno",
-        "dno: pairs with a large margin; restrictive: of these, those that the teacher wins; spin: teacher "
-        "before student, unjudged; all: any margin; exact: Algorithm 1's loss, on all pairs.",
+        "dno: large margins; restrictive: of these, the teacher's; spin: the teacher's, unjudged; all; exact: eq. 8.",
     )
     eta: float = flag(2.0, "DPO's beta: the higher, the closer to pi_t.", low=1e-6)
     tau: float = flag(0.0, "Regularises towards the base model, appendix A: at most --eta; 0: the plain game.")
@@ -322,8 +321,7 @@ def main(args):
         pairs = with_replay(pairs, earlier, args.replay, random.Random(f"{args.seed} replay {t}"))
         # log pi_t(y|x), before the first update and before a checkpoint is loaded: the policy is still pi_t
         pairs = add_logps(policy, pairs, "ref_logps", args.micro_tokens)
-        if args.tau:  # Alg. 3, option I
-            pairs = smooth_reference(pairs, args)
+        pairs = smooth_reference(pairs, args) if args.tau else pairs  # Alg. 3, option I
 
         # Alg. 2, line 7
         rng, size = random.Random(seed), args.batch_size
