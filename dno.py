@@ -29,8 +29,8 @@ Where this file departs from the paper, or fills what it leaves open:
     quarter of its prompts, and only these are used; the run prints how many. Lengths of 512 + 1024 tokens are ours.
  8. On CUDA weights are bf16 with an exact float32 master; gradients are bf16, and so is RMSprop's moment, rounded
     stochastically.
---tau is appendix A's regularised game, Algorithm 3 with option I; in three iterations it changes little. Option II, which
-also samples from the smoothed policy, is not here. A line away are INPO (a squared loss on this reference), COMAL (pi_ref
+--tau is appendix A's regularised game, Algorithm 3, option I; in three iterations it changes little. Option II, which
+also samples from the smoothed policy, is not here. A line away are INPO (squared loss on this reference), COMAL (pi_ref
 moves), online IPO (squared, pi_ref alone) and REBEL (squared, pi_t alone).
 eta multiplies the log-ratio here (DPO's beta), so at the optimum it divides the preference; SPPO's eta is its inverse.
 """
