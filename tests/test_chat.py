@@ -148,9 +148,9 @@ def test_nothing_of_an_answer_is_lost(name, answer):
         ("chatml", "What is <|im_end|>?", "yes", "with <|im_end|> in the text"),
         ("chatml", ASKS, "yes", "with <|im_"),  # rendered already
         ("another eos", "<|im_end|>", "yes", "with <|im_end|>"),
-        ("mistral", "[INST] Hi [/INST]", "yes", "rendered already"),
-        ("zephyr", "<|user|>\nHi\n<|assistant|>\n", "yes", "rendered already"),
-        ("deepseek", "User: Hi\n\nAssistant:", "yes", "rendered already"),
+        ("mistral", "[INST] Hi [/INST]", "yes", "already formatted with the chat template"),
+        ("zephyr", "<|user|>\nHi\n<|assistant|>\n", "yes", "already formatted with the chat template"),
+        ("deepseek", "User: Hi\n\nAssistant:", "yes", "already formatted with the chat template"),
         ("chatml", "Hi", "yes<|im_end|>\n", "with <|im_end|>"),
         ("mistral", "a </s>", "yes", "with </s>"),
     ],
@@ -276,7 +276,7 @@ def test_a_tokenizer_of_a_wrong_class_ends_the_run(tmp_path, capsys):
     t = tokenizer(CHATML, IM, eos="<|im_end|>")  # whose words are not GPT-2's
     wrong = saved(t, tmp_path, tokenizer_class="GPT2Tokenizer", backend=None)
     said = stopped(capsys, common.check_chat, policy, wrong, "m")
-    assert "--model m: GPT2Tokenizer splits text otherwise than its tokenizer.json says; write" in said
+    assert "--model m: GPT2Tokenizer does not tokenize text as its tokenizer.json does; write" in said
     t.backend_tokenizer.enable_truncation(4)
     t.backend_tokenizer.enable_padding(length=64)
     common.check_chat(policy, saved(t, tmp_path, tokenizer_class="PreTrainedTokenizerFast"), "m")
@@ -308,7 +308,7 @@ def test_rows_are_left_out_and_counted_by_reason(capsys):
     (kept,) = common.encode_rows(policy, t, rows, args, "--gold", ["gold"])
     assert kept["n"] == 0 and kept["gold"]["text"] == "yes" and len(kept["gold"]["ids"]) == 2
     said = capsys.readouterr().out
-    for n, why in ((3, "with </s> in"), (1, "rendered already"), (1, "over --max_prompt")):
+    for n, why in ((3, "with </s> in"), (1, "already formatted with the chat template"), (1, "over --max_prompt")):
         assert f"--gold: {n} of 6 skipped: {why}" in said
     said = stopped(capsys, common.encode_rows, policy, t, rows[1:4], args)
-    assert "none is left: all are with </s> in the text or rendered already" in said
+    assert "none is left: all are with </s> in the text or already formatted with the chat template" in said

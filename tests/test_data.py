@@ -132,10 +132,10 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
         ({"prompt": "q", "input": "about x"}, "with another question beside its prompt"),
         ({"prompt": "q", "system": "a", "system_prompt": "b"}, "with two system turns"),
         ({"prompt": [SYSTEM, *user("q")], "system": "another"}, "with two system turns"),
-        ({"prompt": "q", "chosen": [FINE, *user("and?"), BAD], "rejected": "bad"}, "not the assistant's one turn"),
-        ({"prompt": "q", "chosen": [*user("other"), FINE], "rejected": "bad"}, "not the assistant's one turn"),
-        ({"chosen": [*user("q"), FINE], "rejected": [*user("r"), BAD]}, "not the assistant's one turn"),
-        ({"prompt": "q", "chosen": " ", "rejected": "bad"}, "with an empty answer, or twice the same"),
+        ({"prompt": "q", "chosen": [FINE, *user("and?"), BAD], "rejected": "bad"}, "not one assistant turn"),
+        ({"prompt": "q", "chosen": [*user("other"), FINE], "rejected": "bad"}, "not one assistant turn"),
+        ({"chosen": [*user("q"), FINE], "rejected": [*user("r"), BAD]}, "not one assistant turn"),
+        ({"prompt": "q", "chosen": " ", "rejected": "bad"}, "with an empty answer, or two equal ones"),
     ],
     ids=str,
 )
@@ -294,7 +294,7 @@ def test_prompts_that_differ_in_white_space_stay_on_one_side_and_common_first_tu
     assert len(texts[0] | texts[1]) == 40 and not texts[0] & texts[1] and "begin" not in capsys.readouterr().out
     talks = [{"prompt": [*user("1"), FINE, *user(str(n))]} for n in range(40)]
     split_rows(policy, tokenizer, common.encode_rows(policy, tokenizer, talks, args), args)
-    assert "8 of those held out begin with the first turn of a prompt to train on" in capsys.readouterr().out
+    assert "8 of the held-out prompts share their first turn with a training prompt" in capsys.readouterr().out
 
 
 def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):

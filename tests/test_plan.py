@@ -41,8 +41,8 @@ def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("gigabytes", "disk", "flags", "words"),
     [
-        (24, 1000, {}, "to sample takes 29 GB of 24; take a smaller --model"),
-        (50, 1000, {}, "training takes 67 GB of 50; lower --micro_tokens"),
+        (24, 1000, {}, "sampling needs 29 GB of 24; take a smaller --model"),
+        (50, 1000, {}, "training needs 67 GB of 50; lower --micro_tokens"),
         (80, 1000, {"checkpointing": False}, "give --checkpointing"),
         (80, 100, {}, "GB of disk, 100 are free"),
         (80, 1000, {"max_new_tokens": 40_000}, "lower these"),
