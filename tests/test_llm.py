@@ -155,10 +155,7 @@ def test_failures_are_counted_from_the_first_and_stop_from_the_twentieth(serve, 
     judge = serve(lambda question: "What?" if "bad" in question else fair(question))
     assert points(judge, ["1", "bad 1", "bad 2"])[0] == [3, 4]  # two of three, but of few
     said = capsys.readouterr().out
-    assert (
-        "no verdict on 2 of 3 prompts, the last: http" in said
-        and "its reply does not give each answer 0 to 6 points" in said
-    )
+    assert "no verdict on 2 of 3 prompts, the last: http" in said and "does not give each answer" in said
     points(judge, [str(n) for n in range(2, 20)] + ["bad 3"])
     said = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(4, 23)), "20"])
     assert "no verdict on 22 of 42 prompts" in said
@@ -262,8 +259,4 @@ def test_a_run_without_any_judgement_says_so(serve, workdir, capsys):
     judge = serve(lambda question: '{"id0_score": 3, "id1_score": 4}' if "Hi!" in question else "What?")
     flags = f"--judge llm --judge_url {judge.url} --judge_model m --limit 20 --n_eval 4 --iterations 1 --k 2"
     err = stopped(capsys, cli, dno, *flags.split())
-    assert (
-        "--judge llm: no verdict on" in err
-        and "its reply does not give each answer 0 to 6 points" in err
-        and "margin" not in err
-    )
+    assert "--judge llm: no verdict on" in err and "does not give each answer" in err and "margin" not in err
