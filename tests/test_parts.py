@@ -70,7 +70,7 @@ def test_a_notebook_survives(tmp_path, monkeypatch):
     for call in (
         lambda: common.PairRM("/nowhere"),
         lambda: common.load_policy("nowhere"),
-        lambda: sppo.main(sppo.Args(judge="?")),
+        lambda: sppo.main(sppo.Args(judge="?", name="x")),
     ):
         with pytest.raises(common.UserError, match="give"):
             call()
@@ -169,7 +169,7 @@ def test_sppo_loss():
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("token_logps", 170), ("SplitMaster", 110), ("generate", 330), ("PairRM", 160)]
+    ("part", "most"), [("token_logps", 180), ("SplitMaster", 110), ("generate", 330), ("PairRM", 160)]
 )
 def test_a_part_drags_little_along(part, most):
     assert copied(part).lines <= most
