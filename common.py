@@ -2127,7 +2127,7 @@ def cli(main, args_class, recipes, description, argv=None):
     """Parse the command line, print what the run needs, and call main(args).
 
     A UserError or an OSError, such as a full disk, becomes one line and exit code 2; Ctrl-C, SIGTERM and SIGHUP become
-    one line and exit code 128 + the signal's number. No other function reads sys.argv, writes to stderr or exits.
+    one line and exit code 128 + the signal's number. No other function reads sys.argv, prints errors or exits.
     """
 
     def stop(number, _):

@@ -85,5 +85,5 @@ def test_a_short_run_and_its_resume(script, workdir, monkeypatch):
     cli(script, "--resume", "runs/x")
     table = lines(workdir / "runs/x/metrics.jsonl")
     assert len(table) == (2 if script is sr_dpo else 3) and all(row["kl"] >= -0.5 for row in table[1:])
-    policy, _ = common.load_policy(workdir / "runs/x/final", DEVICE)
+    policy, _ = common.load_policy(workdir / "runs/x/iter_1/policy", DEVICE)
     assert hasattr(next(policy.parameters()), "master_remainder") == (DEVICE == "cuda")

@@ -70,12 +70,14 @@ def run(script, settings, seed):
     """The run of `script` with these settings and seed: read from runs/ if it is finished there, else made."""
     parts = [f"{name}-{value}" for name, value in settings.items()]
     folder = Path("runs") / f"{'-'.join(['claims', script, *parts])[:90]}-s{seed}"  # a name has at most 100 characters
-    if not (folder / "final").exists():  # a finished run has it
+    args = SCRIPTS[script].Args(**settings, seed=seed, name=folder.name)
+    rows = common.read_jsonl(folder / "metrics.jsonl")
+    if len(rows) <= getattr(args, "iterations", 1):  # of a finished run: the base model's row, and one per iterate
         if folder.exists():
             sys.exit(f"{folder} is of a run that did not finish: remove it")
         print(f"{folder}: {command_of(script, settings)} --seed {seed}", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):
-            SCRIPTS[script].main(SCRIPTS[script].Args(**settings, seed=seed, name=folder.name))
+            SCRIPTS[script].main(args)
     config = json.loads((folder / "config.json").read_text())
     if any(config[name] != value for name, value in {**settings, "seed": seed}.items()):
         sys.exit(f"{folder} is of another run: remove it")
