@@ -39,6 +39,7 @@ import textwrap
 import time
 import typing
 import urllib.request
+from array import array
 from collections import Counter
 from datetime import timedelta
 from functools import partial
@@ -1300,13 +1301,14 @@ class Chat:
         ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
         begun = self.opened if self.opened and self.thoughts[self.opened] in answer else ""
         text = self.without_thought(begun + answer)
-        return {"text": text, "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
+        return {"text": text, "ids": array("i", ids[:max_tokens]), "finished": len(ids) <= max_tokens}
 
     def sampled(self, ids):
         """A response from the ids of a sample."""
         marks = "".join([*self.thoughts, *self.thoughts.values()])  # which may be made of control tokens
         text = self.tokenizer.decode([i for i in ids if self.control.get(i, "") in marks])
-        return {"text": self.without_thought(self.opened + text), "ids": ids, "finished": ids[-1] in self.stops}
+        text = self.without_thought(self.opened + text)
+        return {"text": text, "ids": array("i", ids), "finished": ids[-1] in self.stops}
 
     def without_thought(self, text):
         """The part of an answer that a judge reads: what follows the thought, or nothing if the thought never ends."""
@@ -1355,7 +1357,7 @@ def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), cha
             if not 0 < len(ids) <= longest:
                 raise Refused(f"over --max_prompt_tokens {longest}")
             ys = {name: chat.response(prompt, row[name], args.max_new_tokens) for name in answers}
-            kept.append({**row, "refined_ids" if change else "prompt_ids": ids, **ys})
+            kept.append({**row, "refined_ids" if change else "prompt_ids": array("i", ids), **ys})
         except Refused as reason:
             refused[str(reason)] += 1
             kept += [row] * keep_all
@@ -1647,30 +1649,44 @@ def check_ranks(policy):
     require(sums == sums[:1] * RANKS, "the ranks' policies have diverged; --resume on GPUs of one kind")
 
 
-def write(path, text):
+def write(path, lines):
     """Write a text file atomically."""
     if RANK:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(lines)
     os.replace(part, path)
 
 
 def write_json(path, value):
-    write(path, json.dumps(value, indent=2) + "\n")
+    write(path, [json.dumps(value, indent=2) + "\n"])
+
+
+def as_json(value):
+    return json.dumps(value, default=list)  # array -> list
 
 
 def write_jsonl(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write(path, (as_json(row) + "\n" for row in rows))
+
+
+def with_arrays(row):
+    """A row from a file with its token ids in arrays, of 4 bytes each; a list of ints takes 36."""
+    return {name: array("i", value) if name.endswith("ids") else value for name, value in row.items()}
 
 
 def read_jsonl(path):
     """The rows of a .jsonl file, [] if there is none. A last line without its end, as a kill leaves it, is dropped."""
+
+    def read():
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return [json.loads(line, object_hook=with_arrays) for line in file if line.endswith("\n")]
+
     try:
-        text = from_rank0(lambda: path.read_text(encoding="utf-8") if path.exists() else "")
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-    except ValueError as error:
+        return from_rank0(lambda: read() if path.exists() else [])
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({error}); restore it, or begin a new run") from error
 
 
@@ -1683,7 +1699,7 @@ def belongs(row, item, first):
 
 def digest(value):
     """A short hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(as_json(value).encode()).hexdigest()[:16]
 
 
 def read_or_make(path, items, make, chunk=1024):
@@ -1711,7 +1727,7 @@ def read_or_make(path, items, make, chunk=1024):
         rows += new
         stored = [{"judged": mark, "row": row} for mark, row in zip(marks[i:], new, strict=False)] if marks else new
         with open(os.devnull if RANK else path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in stored))
+            file.writelines(as_json(row) + "\n" for row in stored)
     return rows
 
 
@@ -2017,6 +2033,22 @@ def read_config(folder):
         raise UserError(f"--resume {folder!r}: not the folder of a run, runs/NAME ({error})") from error
 
 
+def count_parameters(name, config):
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    except Exception as error:
+        raise UserError(f"--model {name}: not supported: no plain decoder ({error})"[:400]) from error
+
+
+def choose_recipe(name, recipes):
+    """The recipe of a model: its own if it has one, else by its number of parameters; those of `tiny` are digits'."""
+    if name in recipes or name == "tiny":
+        return name if name in recipes else "digits"
+    n = count_parameters(name, load_config(name)[0])
+    return "paper" if n > 1e9 else "small" if n > 1e7 else "digits"
+
+
 def check_fit(args):
     """Print an estimate of the memory and disk that the run needs; if they do not fit, name the flags that help.
 
@@ -2025,9 +2057,8 @@ def check_fit(args):
     config, _ = load_config(args.model)
     c, size = config.get_text_config(), 2 if args.device == "cuda" else 4
     length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
+    n = count_parameters(args.model, config)
     try:
-        with torch.device("meta"):
-            n = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
         width, layers, vocab, slot = c.hidden_size, c.num_hidden_layers, c.vocab_size, slot_bytes(config, length, size)
         layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
     except Exception as error:
@@ -2050,6 +2081,38 @@ def check_fit(args):
     remedy = f"lower --micro_tokens, give --checkpointing, or {larger}"
     require(training < have, f"--model {args.model}: training needs {training:.0f} GB of {have:.0f}; {remedy}")
     require(disk < free, f"runs/ needs {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
+
+
+def estimate_hours(policy, judge, parts, held_out, args):
+    """Print how many steps the run has, and its hours as a small part of the work suggests: for responses of half of
+    --max_new_tokens, without the judging of evaluation. Rows that have responses are not sampled or judged.
+    """
+    n, k, row = (
+        args.max_new_tokens // 2 + 1,
+        getattr(args, "k", 2),
+        max(parts[0], key=lambda row: len(row["prompt_ids"])),
+    )
+    responses = [{"text": f"{i}" + " word" * n, "ids": [0] * n} for i in range(k)]
+    prompts, pairs = [row["prompt_ids"]] * max(1, args.slots // k), [{**row, "responses": responses[:2]}] * 16 * RANKS
+    batch = micro_batches(policy, pairs, args.micro_tokens)[0]
+    work = {"sampling": partial(generate, policy, prompts, k=k, max_new_tokens=8, eos_ids=[], slots=args.slots)}
+    work["training"] = lambda: pair_logps(policy, batch).sum().backward()
+    work["judging"] = lambda: judge and preferences(judge, [{**row, "responses": responses}])
+    work["sampling"](), work["training"]()  # a first call compiles kernels
+    rows, given = sum(map(len, parts)), "responses" in row
+    times = {
+        "sampling": n / 8 * (len(held_out) * (len(parts) + 1) / (k * len(prompts)) + rows / len(prompts) * (not given))
+    }
+    times |= {"training": rows * (args.epochs + 1 / 3) / len(batch), "judging": rows * (not given)}  # 1/3: ref_logps
+    hours = {}
+    for name, call in work.items():
+        began = time.time()
+        call()
+        hours[name] = (time.time() - began) * times[name] / 3600 / RANKS
+    policy.zero_grad()
+    steps = sum(args.epochs * -(-len(part) // args.batch_size) for part in parts)
+    words = ", ".join(f"{name} {x:.2g}" for name, x in hours.items())
+    print(f"{steps:,} steps; about {sum(hours.values()):.2g} hours with {n} tokens a response: {words}")
 
 
 def flag(default, help, low=0, high=1e9, free=False):
@@ -2075,7 +2138,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parse_flags(main, args_class, recipes, description, argv):
-    """Parse and check the flags. The defaults come from recipes[--model], or from the run to --resume."""
+    """Parse and check the flags. The defaults come from recipes[--recipe], or from the run to --resume."""
     script = Path(main.__code__.co_filename).stem
 
     def fail(message):
@@ -2086,11 +2149,10 @@ def parse_flags(main, args_class, recipes, description, argv):
     add_flags(parser, args_class)
     # A first look at --model and --resume, which decide the defaults; --help waits for these.
     words = [word for word in argv if word not in ("-h", "--help")]
-    preview = parser.parse_known_args(words, argparse.Namespace(resume=None))[0]
-    names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
-    defaults = f"The defaults below are those of --model {preview.model}."
-    parser.description = f"{description}\n\nshort names for --model:{names}\n\n{defaults}"
-    parser.set_defaults(**recipes.get(preview.model, recipes["other"]))
+    preview, unknown = parser.parse_known_args(words, argparse.Namespace(resume=None))
+    for word in unknown[:1]:
+        near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in vars(preview)], 1)
+        fail(f"unrecognized argument {word}; " + (f"did you mean {near[0]}?" if near else "--help lists them all"))
     saved = {}  # the flags of the run to resume
     if preview.resume is not None:
         saved = read_config(preview.resume)
@@ -2100,10 +2162,15 @@ def parse_flags(main, args_class, recipes, description, argv):
         other = f"it began with {theirs} replaced, now {own}; resume it with python {saved.get('program')}"
         require(own == theirs, f"--resume {preview.resume}: {other}")
         argv = [f"--{name}={saved[name]}" for name in vars(preview) if name in saved] + argv
-    flags, unknown = parser.parse_known_args(argv)
-    for word in unknown[:1]:
-        near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in vars(preview)], 1)
-        fail(f"unrecognized argument {word}; " + (f"did you mean {near[0]}?" if near else "--help lists them all"))
+    own = saved.get("recipe", preview.recipe)
+    recipe = choose_recipe(preview.model, recipes) if own == "auto" else own
+    require(recipe in recipes, f"--recipe {recipe}: give auto, {', '.join(recipes)}")
+    names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
+    defaults = f"The defaults below are those of --recipe {recipe}."
+    parser.description = f"{description}\n\nshort names for --model:{names}\n\n{defaults}"
+    parser.set_defaults(**recipes[recipe])
+    flags = parser.parse_args(argv)
+    flags.recipe = recipe if flags.recipe == "auto" else flags.recipe
     try:
         args = args_class(**vars(flags))
     except ValueError as error:  # flags that do not go together
@@ -2150,12 +2217,13 @@ def cli(main, args_class, recipes, description, argv=None):
             transformers.logging.disable_progress_bar()
         where = args.device + f", {RANKS} ranks" * (RANKS > 1)
         print(f"{program} on {args.model}, judge {args.judge or 'none'}, seed {args.seed}, on {where}")
+        values = ", ".join(f"{name} {getattr(args, name)}" for name in recipes["paper"])
+        print(textwrap.fill(f"recipe {args.recipe}: {values}", 80, subsequent_indent="    "))
         if args.model == "tiny":
             torch.set_num_threads(1)  # so small a model gains nothing from more, and on a busy machine they wait
         try:
             check_fit(args)
-            if not args.dry_run:
-                main(args)
+            main(args)
         except (RuntimeError, MemoryError, SafetensorError) as error:
             what = str(error).split(". Tried")[0][:200] or "out of memory"
             require("non-finite" not in what, "a gradient is not finite; lower --learning_rate")

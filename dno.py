@@ -52,6 +52,7 @@ from common import (
     Checkpoint,
     add_logps,
     cli,
+    estimate_hours,
     evaluate,
     finish_iterate,
     finish_run,
@@ -81,6 +82,7 @@ class Args:
 
     # model and data
     model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
+    recipe: str = flag("auto", "Defaults of the other flags, in RECIPES; auto: the number of parameters decides.")
     prompts: str = flag("digits", "'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     gold: str = flag("digits", "The teacher's responses: 'digits', a file or ID[:split]; '' for none.")
     limit: int = flag(2304, "Use only the first N prompts; 0 means all (5,632 for digits).")
@@ -122,7 +124,7 @@ class Args:
     checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
-    dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
+    dry_run: bool = flag(False, "Load all, print memory, disk, steps and hours to expect, then exit.", free=True)
     track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
@@ -153,7 +155,7 @@ PAPER = {
 # Tried at 135 M, two iterations: wins 0.78 with answers that praise themselves (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "top_p": 0.9, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
-RECIPES = {"tiny": {}, "mistral-7b": PAPER, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL, "other": PAPER}
+RECIPES = {"digits": {}, "small": SMALL, "paper": PAPER}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -299,6 +301,8 @@ def main(args):
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     # A row has "prompt" (messages) and "prompt_ids"; parts[t - 1] are the training rows of iteration t.
     parts, held_out = split_prompts(policy, tokenizer, args)
+    if args.dry_run:
+        return estimate_hours(policy, judge, parts, held_out, args)
     if not history:
         finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 

@@ -51,6 +51,7 @@ from common import (
     Checkpoint,
     add_logps,
     cli,
+    estimate_hours,
     evaluate,
     finish_iterate,
     finish_run,
@@ -79,6 +80,7 @@ class Args:
 
     # model and data
     model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
+    recipe: str = flag("auto", "Defaults of the other flags, in RECIPES; auto: the number of parameters decides.")
     prompts: str = flag("digits", "'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     limit: int = flag(0, "Use only the first N prompts; 0 means all (5,632 for digits).")
     max_prompt_tokens: int = flag(64, "Longer prompts are skipped and counted.", low=1)
@@ -115,7 +117,7 @@ class Args:
     checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
-    dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
+    dry_run: bool = flag(False, "Load all, print memory, disk, steps and hours to expect, then exit.", free=True)
     track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
@@ -145,7 +147,7 @@ PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, itera
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "top_p": 0.9}
 SMALL |= {"learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4, "micro_tokens": 2048}
 SMALL = {**PAPER, **SMALL, "schedule_epochs": 0, "checkpointing": False}
-RECIPES = {"tiny": {}, "mistral-7b": PAPER, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL, "other": PAPER}
+RECIPES = {"digits": {}, "small": SMALL, "paper": PAPER}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -237,6 +239,8 @@ def main(args):
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     # A row has "prompt" (messages) and "prompt_ids"; parts[t - 1] are the training rows of iteration t.
     parts, held_out = split_prompts(policy, tokenizer, args)
+    if args.dry_run:
+        return estimate_hours(policy, judge, parts, held_out, args)
     if not history:
         finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 

@@ -37,6 +37,7 @@ from common import (
     cli,
     digit_prompts,
     encode_rows,
+    estimate_hours,
     evaluate,
     finish_iterate,
     finish_run,
@@ -70,6 +71,7 @@ class Args:
 
     # model and data
     model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
+    recipe: str = flag("auto", "Defaults of the other flags, in RECIPES; auto: the number of parameters decides.")
     pairs: str = flag("digits", "'digits' (built in), a file, or a folder or hub dataset ID[:split].")
     limit: int = flag(2304, "Use only the first N pairs; 0 means all (5,632 for digits).")
     max_prompt_tokens: int = flag(64, "Pairs whose p + prompt is longer are skipped and counted.", low=1)
@@ -103,7 +105,7 @@ class Args:
     checkpoint_minutes: float = flag(30.0, "Minutes between checkpoints during training.", free=True)
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
-    dry_run: bool = flag(False, "Print an estimate of memory and disk, then exit.", free=True)
+    dry_run: bool = flag(False, "Load all, print memory, disk, steps and hours to expect, then exit.", free=True)
     track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
@@ -126,8 +128,7 @@ ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
 # Tried at 135 M on few pairs: Sr-DPO raises accuracy as much as DPO does (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 160, "max_new_tokens": 64, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
-RECIPES = {"tiny": {}, "pythia-2.8b": HH, "zephyr-7b-sft": ULTRA, "smollm2-135m": SMALL, "qwen2.5-0.5b": SMALL}
-RECIPES["other"] = ULTRA
+RECIPES = {"digits": {}, "small": SMALL, "paper": ULTRA, "pythia-2.8b": HH}
 
 
 # The maths -----------------------------------------------------------------------------------------------------------
@@ -276,6 +277,8 @@ def main(args):
     pairs = digit_pairs(args.limit or 5632, args.seed) if builtin else load_pairs(args.pairs, args.limit)
     (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
+    if args.dry_run:
+        return estimate_hours(policy, judges[0], [pairs], held_out, args)
     if not history:
         finish_iterate(run, history, log, evaluate(policy, tokenizer, judges, held_out, run, 0, args))
 

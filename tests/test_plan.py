@@ -32,7 +32,7 @@ def on(monkeypatch, gigabytes, disk=1000):
 @pytest.mark.parametrize("script", [sppo, dno, sr_dpo])
 def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys):
     on(monkeypatch, 80)
-    common.check_fit(script.Args(**{**script.RECIPES["other"], "model": seven_b, "device": "cuda"}))
+    common.check_fit(script.Args(**{**script.RECIPES["paper"], "model": seven_b, "device": "cuda"}))
     said = capsys.readouterr().out
     assert said.startswith("7,241,732,096 parameters: ")  # as published
     assert 58 < float(said.split(" to train")[0].split()[-1]) < 80  # 58: weights, masters, gradients, moments
@@ -50,7 +50,7 @@ def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys
 )
 def test_what_does_not_fit_is_refused_with_a_remedy(seven_b, monkeypatch, capsys, gigabytes, disk, flags, words):
     on(monkeypatch, gigabytes, disk)
-    args = sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", **flags})
+    args = sppo.Args(**{**sppo.RECIPES["paper"], "model": seven_b, "device": "cuda", **flags})
     assert words in stopped(capsys, common.check_fit, args)
 
 
@@ -90,7 +90,7 @@ def test_resume_asks_only_for_the_disk_that_is_missing_where_the_run_is(workdir,
     on(monkeypatch, 80)
     asked, free = [], common.shutil.disk_usage
     monkeypatch.setattr(common.shutil, "disk_usage", lambda path: (asked.append(path), free(path))[1])
-    args = sppo.Args(**{**sppo.RECIPES["other"], "model": seven_b, "device": "cuda", "resume": "runs/x"})
+    args = sppo.Args(**{**sppo.RECIPES["paper"], "model": seven_b, "device": "cuda", "resume": "runs/x"})
     (workdir / "runs/x/iter_1").mkdir(parents=True)
     for size, disk in ((0, 173.8), (29 * 10**9, 144.8)):
         with open(workdir / "runs/x/iter_1/policy", "wb") as file:
