@@ -3,7 +3,7 @@
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 249  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     334  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
+    4. Judges                     393  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    390  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     197  load, check, save; the built-in `tiny`
     7. Several GPUs, files        144  data parallel under torchrun; files that survive a kill
@@ -42,7 +42,8 @@ import urllib.request
 from array import array
 from collections import Counter
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from itertools import permutations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -50,6 +51,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -700,7 +702,9 @@ class DigitsJudge:
         return {"exact_match": (self.quality(prompts, responses) == 1).float().mean().item()}
 
 
-PAIRRM_SCORES = 2**22  # attention scores of a head in one forward; a token has at least 512, one per relative position
+PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a longer row is alone
+TILE = 64  # tokens whose scores of position are computed at a time, on the CPU
+compiled_flex = cache(lambda: torch.compile(flex_attention, dynamic=False))  # at its first use, as it takes seconds
 
 
 def folder_or_hub_id(name):
@@ -708,6 +712,51 @@ def folder_or_hub_id(name):
     if not Path(name or "?").is_dir() and "://" not in name and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError("no folder and no hub id")
     return name
+
+
+def position_scores(write, scores, x, at):
+    """Write (copy_ or add_) x[i] . at[T - 1 - i + j] to scores (T, T), without a gather. x (T, d), at (2 T - 1, d)."""
+    for a in range(0, T := len(x), TILE):
+        m = min(TILE, T - a)
+        products = x[a : a + m] @ at[T - m - a : 2 * T - 1 - a].T  # (m, T + m - 1)
+        write(scores[a : a + m], products.as_strided((m, T), (T + m - 2, 1), m - 1))  # of row r: m - 1 - r and on
+
+
+def disentangled_torch(query, key, value, query_at, key_at, slots, lengths):
+    """DeBERTa's disentangled attention (He et al. 2021, arXiv 2006.03654, eq. 4) in rows of these lengths, packed.
+
+    query, key, value (heads, N, d): one row after the other, no padding; query_at, key_at (heads, S, d): the projected
+    relative positions; slots (2 reach + 1,): which of these a distance has. Queries are scaled. Returns (heads, N, d).
+
+    score[i, j] = query[i] . key[j] + query[i] . key_at[s] + query_at[s] . key[j],  s = slots[clamp(i - j) + reach]
+    """
+    out, reach = torch.empty_like(value), len(slots) // 2
+    for h in range(len(value)):
+        for q, k, v, mean in zip(*(x[h].split(lengths) for x in (query, key, value, out)), strict=True):  # (T, d)
+            s = slots[torch.arange(1 - len(q), len(q)).clamp(-reach, reach) + reach]  # of all i - j
+            scores = q.new_empty(len(q), len(q))
+            position_scores(torch.Tensor.copy_, scores.T, k, query_at[h, s])
+            position_scores(torch.Tensor.add_, scores, q, key_at[h, s.flip(0)])  # along a row, i - j falls
+            mean[:] = torch.softmax(scores.addmm_(q, k.T), -1, out=scores) @ v
+    return out
+
+
+def same_row(lengths, device):
+    """flex_attention's mask for rows of these lengths, packed: it skips blocks of which no two tokens share a row."""
+    row = torch.repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
+    return create_block_mask(lambda b, h, i, j: row[i] == row[j], None, None, len(row), len(row), device)
+
+
+def disentangled_flex(query, key, value, query_at, key_at, slots, mask):
+    """disentangled_torch by flex_attention, on a GPU in one kernel. mask: same_row(lengths, device)."""
+    to_position, from_position = query @ key_at.mT, key @ query_at.mT  # (heads, N, S)
+    reach, attend = len(slots) // 2, compiled_flex() if query.is_cuda else flex_attention
+
+    def add_positions(score, b, h, i, j):
+        slot = slots[(i - j).clamp(-reach, reach) + reach]
+        return score + to_position[h, i, slot] + from_position[h, j, slot]
+
+    return attend(query[None], key[None], value[None], add_positions, mask, scale=1.0)[0]
 
 
 class PairRMNet(torch.nn.Module):
@@ -720,11 +769,25 @@ class PairRMNet(torch.nn.Module):
         self.head_layer = torch.nn.Sequential(
             dropout, torch.nn.Linear(2 * size, size), torch.nn.Tanh(), dropout, torch.nn.Linear(size, config.n_tasks)
         )
+        assert config.share_att_key and len(config.pos_att_type) == 2, "its attention is not DeBERTa-v3's"
 
-    def forward(self, ids, attention_mask, at):
-        """ids, attention_mask (B, T); at (B, 3): where source and candidates begin -> pair logits (B,), float32."""
-        hidden = self.pretrained_model(ids, attention_mask=attention_mask).last_hidden_state
-        source, first, second = hidden[torch.arange(len(ids), device=ids.device)[:, None], at].float().unbind(1)
+    def forward(self, ids, lengths, at):
+        """ids (N,), lengths: packed rows; at (B, 3): where source and candidates begin -> pair logits (B,), float32."""
+        model, encoder, cuda = self.pretrained_model, self.pretrained_model.encoder, ids.is_cuda
+        attend, rows = (disentangled_flex, same_row(lengths, ids.device)) if cuda else (disentangled_torch, lengths)
+        hidden, positions = model.embeddings(ids[None])[0], encoder.get_rel_embedding()  # (N, D), (S, D)
+        reach, span = encoder.max_relative_positions, len(positions) // 2
+        slots = encoder.get_rel_pos(hidden.new_empty(1, 2 * reach + 1, 1))[0, :, reach].clamp(-span, span - 1) + span
+        for layer in encoder.layer:
+            own, both = layer.attention.self, torch.cat([hidden, positions])  # one projection for both
+            projected = own.query_proj(both), own.key_proj(both), own.value_proj(hidden)
+            query, key, value = (x.unflatten(1, (own.num_attention_heads, -1)).transpose(0, 1) for x in projected)
+            query = query / (3 * own.attention_head_size) ** 0.5  # each score is a sum of three products
+            (query, query_at), (key, key_at) = (x.split([len(hidden), len(positions)], 1) for x in (query, key))
+            attended = attend(query, key, value, query_at, key_at, slots, rows).transpose(0, 1).flatten(1)
+            hidden = layer.attention.output(attended, hidden)
+            hidden = layer.output(layer.intermediate(hidden), hidden)
+        source, first, second = hidden[at].float().unbind(1)
         with torch.autocast(ids.device.type, enabled=False):  # the head in float32
             first, second = (self.head_layer(torch.cat([source, candidate], 1)) for candidate in (first, second))
         return (first - second)[:, 0]
@@ -734,8 +797,8 @@ class PairRM:
     """PairRM, a pairwise reward model (Jiang et al. 2023, arXiv 2306.02561), in plain transformers.
 
     It reads a prompt and two responses and gives a logit M(y1, y2), in general not -M(y2, y1). As a judge it takes both
-    orders: P(y_i > y_j) = sigmoid((M_ij - M_ji) / 2), which may be cyclic. It is on the GPU only while it judges. A
-    prompt is a text or a list of messages. Raises UserError for a folder or hub id without a PairRM.
+    orders: P(y_i > y_j) = sigmoid((M_ij - M_ji) / 2), which may be cyclic. Its 0.4 B parameters, 1.7 GB, stay on the
+    device. A prompt is a text or a list of messages. Raises UserError for a folder or hub id without a PairRM.
 
     >>> judge = PairRM(device="cuda")  # doctest: +SKIP
     >>> judge(["Capital of France?"], [["Paris", "Rome", "I don't know"]])  # (1, 3, 3)  # doctest: +SKIP
@@ -754,48 +817,46 @@ class PairRM:
             why = f"no PairRM like llm-blender/PairRM-hf ({str(error)[:300]})"
             raise UserError(f"{name}: {why}; give a folder, or a hub id ORG/NAME") from error
         require(not missing, f"{name}: incomplete PairRM, it lacks {', '.join(missing[:3])}")
-        self.net.eval()
+        self.net.eval().to(self.device)
 
-    def encode(self, text):
-        """Token ids of a text, without those of control tokens that it spells."""
+    def encode(self, texts):
+        """Token ids of each text, without those of control tokens that it spells."""
         control = set(self.tokenizer.added_tokens_decoder) - {self.tokenizer.unk_token_id}
-        return [i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i not in control]
+        return [[i for i in y if i not in control] for y in self.tokenizer(texts, add_special_tokens=False).input_ids]
 
     @torch.no_grad()
     def pair_logits(self, prompts, responses):
-        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 on the diagonal.
+        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 where they are equal.
 
         A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
         1,224 tokens and of each y 412 and half of what x leaves over. Raises ValueError unless all prompts have equally
         many responses.
         """
-        cls, sep, device = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.device
+        cls, sep, cuda = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.device.type == "cuda"
         if len(ks := {len(texts) for texts in responses}) != 1:
             raise ValueError(f"PairRM wants equally many responses to each prompt, got {sorted(ks)}")
-        rows, (k,) = [], ks  # rows: (ids, where the three parts begin, place in M)
+        (k,), parts, size, same = ks, [], 0, []  # parts: of rows, each with where it begins and its place in M
         for b, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
-            source = [cls, self.marks[0], *self.encode(plain_text(prompt))[: 1224 - 3], sep]
-            ys = [self.encode(text)[: 412 + (1224 - len(source)) // 2 - 3] for text in texts]
-            for i in range(k):
-                for j in range(k):
-                    if texts[i] != texts[j]:
-                        first, second = [cls, self.marks[1], *ys[i], sep], [cls, self.marks[2], *ys[j], sep]
-                        at = 1, len(source) + 1, len(source) + len(first) + 1
-                        rows.append((source + first + second, at, (b, i, j)))
-        rows.sort(key=lambda row: -len(row[0]))
-        self.net.to(device)
-        logits = torch.zeros(len(prompts), k, k)
-        while rows:
-            size = len(rows[0][0])
-            n = max(1, PAIRRM_SCORES // (size * max(size, 512)))
-            part, rows = rows[:n], rows[n:]
-            ids = self.tokenizer.pad({"input_ids": [row for row, _, _ in part]}, return_tensors="pt").to(device)
-            at = torch.tensor([at for _, at, _ in part], device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                scores = self.net(ids.input_ids, ids.attention_mask, at).cpu()
-            logits[tuple(zip(*(place for _, _, place in part), strict=True))] = scores
-        self.net.cpu()  # makes room for the policy's training
-        return logits
+            source, *ys = self.encode([plain_text(prompt), *texts])
+            source = [cls, self.marks[0], *source[: 1224 - 3], sep]
+            ys = [y[: 412 + (1224 - len(source)) // 2 - 3] for y in ys]
+            same.append([ys.index(y) for y in ys])  # equal responses are judged once, as the first of them
+            for i, j in permutations(sorted(set(same[b])), 2):
+                first, second = [cls, self.marks[1], *ys[i], sep], [cls, self.marks[2], *ys[j], sep]
+                row, at = source + first + second, [1, len(source) + 1, len(source) + len(first) + 1]
+                if not parts or size + len(row) > PAIRRM_TOKENS[self.device.type]:
+                    parts, size = [*parts, []], 0
+                parts[-1].append((row, [size + place for place in at], (b, i, j)))
+                size += len(row)
+        logits = torch.zeros(len(same), k, k)
+        # float16, as in llm-blender: in bf16 P is off by up to 0.008. Entered once, as it casts the weights.
+        with torch.autocast(self.device.type, torch.float16, enabled=cuda):
+            for part in parts:
+                rows, at, places = zip(*part, strict=True)
+                rows += ([sep],) * cuda * (PAIRRM_TOKENS["cuda"] - sum(map(len, rows)))  # compiled_flex has one size
+                ids, at = (torch.tensor(x, device=self.device) for x in ([i for row in rows for i in row], at))
+                logits[tuple(zip(*places, strict=True))] = self.net(ids, [len(row) for row in rows], at).cpu()
+        return torch.stack([M[some][:, some] for M, some in zip(logits, same, strict=True)])
 
     def __call__(self, prompts, responses):
         logits = self.pair_logits(prompts, responses)

@@ -10,8 +10,9 @@ call is not timed. GB/s: the weights, keys and values that a step reads, over it
 import time
 
 import torch
-from transformers import DebertaV2Config, MistralConfig, MistralForCausalLM, get_constant_schedule
+from transformers import MistralConfig, MistralForCausalLM, get_constant_schedule
 
+from bench_pairrm import random_pairrm
 from measure import column, common, limits, make_parser, one_step, record, timed
 from sppo import sppo_loss
 
@@ -75,17 +76,13 @@ def main():
     done = 6 * n * args.pairs * 2 * (256 + 400) / seconds
     training = {"pairs/s": args.pairs / seconds, "TFLOP/s": done / 1e12, "% of it": 100 * done / flops, "peak GB": gb}
     print("training", *(f"{figure:,.1f} {name}" for name, figure in training.items()), sep="   ")
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    sizes |= {"vocab_size": 128_100, "type_vocab_size": 0, "position_biased_input": False, "share_att_key": True}
-    relative = {"relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"]}
-    config = DebertaV2Config(**sizes, **relative, norm_rel_ebd="layer_norm", drop_out=0.0, n_tasks=1)
-    net = common.PairRMNet(config).to(args.device).eval()
-    ids = torch.randint(1000, (8, 1000), device=args.device)
-    inputs = ids, torch.ones_like(ids), torch.zeros(8, 3, dtype=torch.long, device=args.device)
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    net = random_pairrm(24, args.device)
+    ids, at = torch.randint(1000, (16_000,), device=args.device), 1000 * torch.arange(16, device=args.device)
+    inputs = ids, [1000] * 16, at[:, None] + torch.tensor([1, 200, 600], device=args.device)
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
         net(*inputs)
         _, seconds, gb = spent(net, *inputs)
-    judging = {"pairs of 1,000 tokens/s": len(ids) / seconds, "peak GB": gb}
+    judging = {"pairs of 1,000 tokens/s": 16 / seconds, "peak GB": gb}
     print("PairRM", *(f"{figure:,.1f} {name}" for name, figure in judging.items()), sep="   ")
     record(args, where, sampling=sampling, training=training, judging=judging)
 

@@ -15,6 +15,7 @@ from common import generate
 from test_generate import FAMILIES, MORE, V, build, generate_plain
 from test_logps import compare
 from test_optimizer import train_both
+from test_pairrm import WORDS, toy  # noqa: F401
 
 ON = "ON_CUDA" in os.environ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # with ON_CUDA=1 and no GPU: whether this file itself is right
@@ -65,6 +66,13 @@ def test_the_memory_is_back_when_generate_returns():
     before = torch.cuda.memory_allocated()
     generate(policy, [[2, 3]] * 64, **settings)
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_pairrm_judges_as_on_the_cpu(toy):  # noqa: F811
+    prompts = [" ".join(random.Random(n).choices(WORDS, k=n)) for n in (9, 700)]
+    texts = [[" ".join(random.Random(n).choices(WORDS, k=n)) for n in (1, 40, 600)] for _ in prompts]
+    right = common.PairRM(str(toy))(prompts, texts)
+    torch.testing.assert_close(common.PairRM(str(toy), DEVICE)(prompts, texts), right, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("script", [sppo, dno, sr_dpo], ids=lambda script: script.__name__)

@@ -87,10 +87,86 @@ def test_pair_logits_are_those_of_the_description_whatever_else_is_asked(toy, mo
             lengths.append(n)
     assert max(lengths) == 2048 and min(lengths) < 40
     assert (logits + logits.mT).abs().max() > 0.05  # the order matters, so that a wrong one would be seen
-    monkeypatch.setattr(common, "PAIRRM_SCORES", 1)  # each row alone, without padding
+    monkeypatch.setitem(common.PAIRRM_TOKENS, "cpu", 1)  # each row alone
+    monkeypatch.setattr(common, "TILE", 50)
     turned = [[c, a] for a, _, c in candidates[:3]]  # another K, another order
     two = PairRM(str(toy)).pair_logits(prompts[:3], turned)
     torch.testing.assert_close(two[:, 0, 1], logits[:3, 2, 0], atol=1e-5, rtol=0)
+
+
+def flex_on_the_cpu(*inputs):
+    return common.disentangled_flex(*inputs[:-1], common.same_row(inputs[-1], "cpu"))
+
+
+UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+ATTENTION = {"torch": common.disentangled_torch, "flex": flex_on_the_cpu}
+
+
+@UNCOMPILED
+@torch.no_grad()
+@pytest.mark.parametrize(("half", "atol"), [(False, 1e-5), (True, 0.02)])
+@pytest.mark.parametrize("attend", ATTENTION)
+def test_packed_rows_are_read_as_transformers_reads_each(attend, half, atol, monkeypatch):
+    """Also where tiles are farther apart than the positions reach, and where several distances share one."""
+    sizes = SIZES | DEBERTA | {"vocab_size": 99, "position_buckets": 8, "max_position_embeddings": 30}
+    torch.manual_seed(0)
+    net, lengths, seen = common.PairRMNet(transformers.DebertaV2Config(**sizes)).eval(), [150, 1, 67, 1, 1], []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    monkeypatch.setattr(common, "disentangled_torch", ATTENTION[attend])
+    monkeypatch.setattr(common, "TILE", 23)
+    net.pretrained_model.encoder.layer[-1].output.register_forward_hook(lambda *call: seen.append(call[2]))
+    ids = torch.randint(99, (sum(lengths),))
+    with torch.autocast("cpu", torch.float16, enabled=half):  # as on a GPU
+        net(ids, lengths, torch.zeros(3, 3, dtype=torch.long))
+    for row in ids.split(lengths):
+        net.pretrained_model(row[None])
+    torch.testing.assert_close(seen[0], torch.cat([x[0] for x in seen[1:]]), atol=atol, rtol=0)
+
+
+@UNCOMPILED
+@pytest.mark.parametrize("lengths", [[1], [130], [5, 1, 40, 40, 3], [1] * 9, [700, 200]], ids=str)
+def test_flex_attention_gives_the_numbers_of_plain_torch_and_of_the_equation(lengths):
+    rng, N, heads, d, S, reach = torch.Generator().manual_seed(0), sum(lengths), 3, 16, 10, 30
+    query, key, value = torch.randn(3, N, heads, d, generator=rng).transpose(1, 2)  # strided, as in the net
+    query_at, key_at = torch.randn(2, S, heads, d, generator=rng).transpose(1, 2)
+    slots = torch.randint(S, (2 * reach + 1,), generator=rng)  # not even in order
+    inputs = query / 7, key, value, query_at / 7, key_at, slots, lengths
+    ours = common.disentangled_torch(*inputs)
+    torch.testing.assert_close(flex_on_the_cpu(*inputs), ours, atol=1e-5, rtol=0)
+    rows = zip(*(x.split(lengths, 1) for x in (query / 7, key, value)), strict=True)
+    for (q, k, v), row in zip(rows, ours.split(lengths, 1), strict=True):
+        place = torch.arange(q.shape[1])
+        s = slots[(place[:, None] - place).clamp(-reach, reach) + reach]  # (T, T)
+        scores = q @ k.mT + torch.einsum("hid,hijd->hij", q, key_at[:, s])
+        scores += torch.einsum("hijd,hjd->hij", query_at[:, s] / 7, k)
+        torch.testing.assert_close(row, scores.softmax(-1) @ v, atol=1e-5, rtol=0)
+
+
+def test_logits_do_not_depend_on_what_is_packed_together(toy, monkeypatch):
+    judge, rng = PairRM(str(toy)), random.Random(1)
+    texts = [[" ".join(rng.choices(WORDS, k=rng.randint(1, 300))) for _ in range(3)] for _ in range(3)]
+    forward, rows = judge.net.forward, []
+    monkeypatch.setattr(judge.net, "forward", lambda ids, n, at: rows.append(len(n)) or forward(ids, n, at))
+    logits = []
+    for most in (1, 700, 10**5):
+        monkeypatch.setitem(common.PAIRRM_TOKENS, "cpu", most)
+        logits.append(judge.pair_logits(WORDS[:3], texts))
+    assert rows[:18] == [1] * 18 and rows[-1] == 18 and 2 < len(rows[18:-1]) < 18
+    torch.testing.assert_close(logits[1:], logits[:1] * 2, atol=1e-5, rtol=0)
+
+
+def test_attention_of_another_kind_is_refused():
+    with pytest.raises(AssertionError, match="not DeBERTa-v3's"):
+        common.PairRMNet(transformers.DebertaV2Config(**SIZES, **DEBERTA | {"share_att_key": False}))
+
+
+def test_equal_responses_are_judged_once(toy, monkeypatch):
+    judge, lengths = PairRM(str(toy)), []
+    monkeypatch.setattr(judge.net, "forward", lambda ids, n, at: lengths.extend(n) or torch.arange(1.0, 1 + len(n)))
+    logits = judge.pair_logits(["light"] * 2, [["a", "b", "a", " b"], ["bad", "bad", "bad", "bad"]])
+    assert len(lengths) == 2
+    assert logits[0].tolist() == [[0, 1, 0, 1], [2, 0, 2, 0], [0, 1, 0, 1], [2, 0, 2, 0]] and not logits[1].any()
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs llm-blender's answers")
@@ -136,7 +212,7 @@ HOSTILE += ["＜|source|＞", "", " ", "light " * 10_000, "🙂 שלום \u0000 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text)[:20])
 def test_text_never_becomes_a_control_token(toy, text):
     judge = PairRM(str(toy))
-    assert not set(judge.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *CONTROL])) & set(judge.encode(text))
+    assert not set(judge.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *CONTROL])) & set(judge.encode([text])[0])
     prefs = judge([as_messages(x) for x in (text, "river", "river")], [["a", "b"], ["bad", text], [text, "bad"]])
     assert prefs.isfinite().all()
     assert prefs[1, 0, 1].item() == pytest.approx(prefs[2, 1, 0].item(), abs=1e-5)

@@ -169,7 +169,7 @@ def test_sppo_loss():
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("token_logps", 180), ("SplitMaster", 110), ("generate", 330), ("PairRM", 160)]
+    ("part", "most"), [("token_logps", 180), ("SplitMaster", 110), ("generate", 330), ("PairRM", 220)]
 )
 def test_a_part_drags_little_along(part, most):
     assert copied(part).lines <= most
