@@ -1058,18 +1058,6 @@ IGNORED = re.compile(  # fields that change neither a prompt nor an answer
 )
 
 
-def load_prompts(source, limit=0, seed=0):
-    """Distinct prompts, each a list of messages: digit_prompts for "digits" (5,632 by default), otherwise load_rows."""
-    if source == "digits":
-        return digit_prompts(limit or 5632, seed)
-    return load_rows("--prompts", source, read_prompt, limit)
-
-
-def load_pairs(source, limit=0):
-    """Different pairs {"prompt", "chosen", "rejected"}, some with "gap", those of load_rows."""
-    return load_rows("--pairs", source, read_pair, limit)
-
-
 def load_rows(flag, source, read, limit=0, keep_all=False):
     """read(row) for each row of a dataset, without repetitions, until there are `limit` (0: no limit).
 
@@ -1620,18 +1608,12 @@ class Checkpoint:
         self.saved = time.monotonic()
 
 
-def recompute(forward, *args, **kwargs):
-    """Call forward; for a backward pass keep only its inputs and call it again then."""
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
 def use_checkpointing(policy):
     """Keep only each layer's input for backward and recompute the rest: a third more work, far less memory."""
     for layer in policy.modules():  # transformers' own switch needs policy.train(), which would turn dropout on
         if isinstance(layer, transformers.GradientCheckpointingLayer):
-            layer.forward = partial(recompute, layer.forward)
+            again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(again, preserve_rng_state=False)  # there is no dropout
 
 
 # 7. Several GPUs, files -----------------------------------------------------------------------------------------------
@@ -1933,7 +1915,10 @@ def replaced_functions(main):
 
 def split_prompts(policy, tokenizer, args):
     """Encoded prompts of --prompts, with --gold's answers, and of --eval_prompts: (a part per iteration, held_out)."""
-    rows = [{"prompt": prompt} for prompt in load_prompts(args.prompts, args.limit, args.seed)]
+    builtin = args.prompts == "digits"
+    prompts = digit_prompts(args.limit or 5632, args.seed) if builtin else None
+    prompts = prompts or load_rows("--prompts", args.prompts, read_prompt, args.limit)
+    rows = [{"prompt": prompt} for prompt in prompts]
     rows = encode_rows(policy, tokenizer, rows, args)
     if getattr(args, "gold", ""):  # of dno.py
         rows = add_gold(policy, tokenizer, rows, args)
@@ -1983,10 +1968,6 @@ def split_rows(policy, tokenizer, rows, args):
     few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
-    first = [next(turn["content"] for turn in row["prompt"] if turn["role"] == "user") for row in rows + held_out]
-    trained, asked = set(first[: len(rows)]), first[len(rows) :]
-    if shared := sum(question in trained for question in asked):
-        print(f"{shared} of the held-out prompts share their first turn with a training prompt")
     return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
 
 
@@ -2145,32 +2126,26 @@ def check_fit(args):
 
 
 def estimate_hours(policy, judge, parts, held_out, args):
-    """Print how many steps the run has, and its hours as a small part of the work suggests: for responses of half of
-    --max_new_tokens, without the judging of evaluation. Rows that have responses are not sampled or judged.
+    """Print the number of steps, and how many hours a bit of each kind of work lets expect.
+
+    Responses are taken to have half of --max_new_tokens. Given pairs (sr_dpo.py's) are neither sampled nor judged.
     """
-    n, k, row = (
-        args.max_new_tokens // 2 + 1,
-        getattr(args, "k", 2),
-        max(parts[0], key=lambda row: len(row["prompt_ids"])),
-    )
+    row, n, k = random.Random(0).choice(parts[0]), args.max_new_tokens // 2 + 1, getattr(args, "k", 2)
     responses = [{"text": f"{i}" + " word" * n, "ids": [0] * n} for i in range(k)]
     prompts, pairs = [row["prompt_ids"]] * max(1, args.slots // k), [{**row, "responses": responses[:2]}] * 16 * RANKS
     batch = micro_batches(policy, pairs, args.micro_tokens)[0]
-    work = {"sampling": partial(generate, policy, prompts, k=k, max_new_tokens=8, eos_ids=[], slots=args.slots)}
-    work["training"] = lambda: pair_logps(policy, batch).sum().backward()
-    work["judging"] = lambda: judge and preferences(judge, [{**row, "responses": responses}])
-    work["sampling"](), work["training"]()  # a first call compiles kernels
-    rows, given = sum(map(len, parts)), "responses" in row
-    times = {
-        "sampling": n / 8 * (len(held_out) * (len(parts) + 1) / (k * len(prompts)) + rows / len(prompts) * (not given))
-    }
-    times |= {"training": rows * (args.epochs + 1 / 3) / len(batch), "judging": rows * (not given)}  # 1/3: ref_logps
-    hours = {}
-    for name, call in work.items():
+    sample = partial(generate, policy, prompts, k=k, max_new_tokens=8, eos_ids=[], slots=args.slots)
+    rows, evaluated, hours = sum(map(len, parts)), len(held_out) * (len(parts) + 1), {}
+    new = 0 if "responses" in row else rows
+    for name, size, call in (
+        ("sampling", (new + evaluated / k) / len(prompts) * n / 8, sample),
+        ("training", rows * args.epochs / len(batch), lambda: pair_logps(policy, batch).sum().backward()),
+        ("judging", new, lambda: judge and preferences(judge, [{**row, "responses": responses}])),
+    ):
+        call()  # the first call compiles kernels
         began = time.time()
         call()
-        hours[name] = (time.time() - began) * times[name] / 3600 / RANKS
-    policy.zero_grad()
+        hours[name] = (time.time() - began) * size / 3600 / RANKS
     steps = sum(args.epochs * -(-len(part) // args.batch_size) for part in parts)
     words = ", ".join(f"{name} {x:.2g}" for name, x in hours.items())
     print(f"{steps:,} steps; about {sum(hours.values()):.2g} hours with {n} tokens a response: {words}")

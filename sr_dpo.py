@@ -44,12 +44,13 @@ from common import (
     flag,
     last_quarter,
     load_judge,
-    load_pairs,
     load_policy,
+    load_rows,
     make_optimizer,
     micro_batches,
     pair_logps,
     progress,
+    read_pair,
     require,
     split_rows,
     start_run,
@@ -215,7 +216,7 @@ def refine(prompt, p):
 
 
 def make_pairs(policy, tokenizer, pairs, args):
-    """Rows with "prompt_ids" of x, "refined_ids" of p + x and "responses" [y+, y-], of load_pairs.
+    """Rows with "prompt_ids" of x, "refined_ids" of p + x and "responses" [y+, y-], of read_pair's rows.
 
     A response over --max_new_tokens keeps its start. Pairs that are too long, or equal once truncated, are skipped.
     """
@@ -273,8 +274,8 @@ def main(args):
     judges = load_judge(args) if args.judge else None, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
-    builtin = args.pairs == "digits"
-    pairs = digit_pairs(args.limit or 5632, args.seed) if builtin else load_pairs(args.pairs, args.limit)
+    source, n = args.pairs, args.limit
+    pairs = digit_pairs(n or 5632, args.seed) if source == "digits" else load_rows("--pairs", source, read_pair, n)
     (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
     scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
     if args.dry_run:

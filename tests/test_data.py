@@ -18,14 +18,22 @@ import sppo
 from common import (
     DigitsJudge,
     digit_prompts,
-    load_pairs,
-    load_prompts,
     load_rows,
     preferences,
     read_gold,
+    read_pair,
+    read_prompt,
     split_rows,
     truncated_lose,
 )
+
+
+def load_prompts(source, limit=0):
+    return load_rows("--prompts", source, read_prompt, limit)
+
+
+def load_pairs(source):
+    return load_rows("--pairs", source, read_pair)
 
 
 def write(path, *rows):
@@ -284,17 +292,14 @@ def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
     assert len(ids[0] | ids[1]) == 40 and not ids[0] & ids[1]
 
 
-def test_prompts_that_differ_in_white_space_stay_on_one_side_and_common_first_turns_are_said(tiny, capsys):
+def test_prompts_that_differ_in_white_space_stay_on_one_side(tiny):
     policy, tokenizer = common.load_policy(tiny)
     prompts = [user(f"{n}{end}") for n in range(40) for end in ("", " ")]
     args = sppo.Args(n_eval=8, iterations=1)
     rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], args)
     (part,), held_out = split_rows(policy, tokenizer, rows, args)
     texts = [{row["prompt"][0]["content"].strip() for row in some} for some in (part, held_out)]
-    assert len(texts[0] | texts[1]) == 40 and not texts[0] & texts[1] and "begin" not in capsys.readouterr().out
-    talks = [{"prompt": [*user("1"), FINE, *user(str(n))]} for n in range(40)]
-    split_rows(policy, tokenizer, common.encode_rows(policy, tokenizer, talks, args), args)
-    assert "8 of the held-out prompts share their first turn with a training prompt" in capsys.readouterr().out
+    assert len(texts[0] | texts[1]) == 40 and not texts[0] & texts[1]
 
 
 def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
