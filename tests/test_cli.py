@@ -126,7 +126,7 @@ BAD = [  # script, flags, words of the one line
     (
         sppo,
         "--judge llm --judge_url http://127.0.0.1:9 --judge_model m",
-        "URLError",
+        "Connection refused",
     ),
     (sppo, "--track trackio", "--track trackio: it is not installed; pip install trackio"),
 ]
@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, monkeypatch, capsys, scr
     for name, content in FILES.items():
         (workdir / name).parent.mkdir(parents=True, exist_ok=True)
         (workdir / name).write_text(content, encoding="latin-1")
-    monkeypatch.setattr(common, "BACK_OFF", ())
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/[!.]*")}

@@ -5,6 +5,7 @@ import http.server
 import json
 import re
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -63,7 +64,8 @@ def serve(tmp_path, monkeypatch):
     """serve(answers): a judge at a new server, whose requests are judge.requests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-key")
-    monkeypatch.setattr(common, "BACK_OFF", (0, 0))
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # not the one that --judge_url names
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 32)  # at 5 a client may wait for 1 s
     servers = []
 
@@ -127,17 +129,14 @@ def test_points_come_back_to_their_responses_whatever_the_order_shown(serve):
     [
         ([(408, {}, "busy"), (500, {}, "<html>busy</html>")], [0, 0]),
         ([(429, {"Retry-After": "17"}, ""), (503, {"Retry-After": "soon"}, "")], [17, 0]),
-        ([(503, {"Retry-After": "86400"}, "")], [600]),
         ([(200, {"Content-Length": 1000}, "{")], [0]),  # the connection is lost
-        ([(200, {}, '{"error": {"code": 429, "message": "free-models-per-min"}}')], [0]),  # as routers send it
-        ([(200, {}, '{"error": {"type": "overloaded_error"}}')], [0]),
-        ([completion('{"id0_score": 6, "id1_score": 0}', finish_reason="error", error={"code": 502})], [0]),
+        ([(503, {}, "")] * 12, [0] * 12),
         ([(400, {}, '{"error": "`temperature` must be strictly positive"}')], []),  # is left out from then on
     ],
 )
 def test_a_server_in_trouble_is_asked_again(serve, monkeypatch, trouble, waits):
     slept = []
-    monkeypatch.setattr(common, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=slept.append))
     assert points(serve(*trouble, fair), ["one"]) == [[3, 4]] and slept == waits
 
 
@@ -191,12 +190,16 @@ def test_a_prompt_without_a_verdict_is_a_tie_and_is_not_kept(serve):
     responses = [{"text": text, "finished": True} for text in "343"]
     prefs = preferences(judge, [{"prompt": as_messages(x), "responses": responses} for x in ("one", "two", "six")])
     assert prefs.tolist() == [one := [[0.5, 0, 0.5], [1, 0.5, 1], [0.5, 0, 0.5]], [[0.5] * 3] * 3, one]
-    assert len(judge.requests) == 3 and len(common.read_jsonl(judge.cache)) == 2
+    assert len(judge.requests) == 3 and len(LLMJudge(judge.url, "a-model").known) == 2
 
 
-BROKEN = {"400": (400, {}, "too long"), "503": (503, {}, ""), "<html>": (200, {}, "<html>"), "What?": "What?"}
+BROKEN = {"too long": (400, {}, "too long"), "503": (503, {}, ""), "<html>": (200, {}, "<html>"), "What?": "What?"}
 BROKEN |= {"[]": (200, {}, '{"choices": []}'), "null": completion(None), "cut off: finish_reason length": "cut"}
 BROKEN["cut off: finish_reason length"] = completion('{"id0_score": 3, "id1_score": 4}', finish_reason="length")
+BROKEN["finish_reason error"] = completion('{"id0_score": 3, "id1_score": 4}', finish_reason="error")
+BROKEN["free-models-per-min"] = (200, {}, '{"error": {"code": 429, "message": "free-models-per-min"}}')  # of a router
+BROKEN["Unexpected endpoint"] = (200, {}, '{"error": "Unexpected endpoint or method."}')
+BROKEN["Retry-After"] = (503, {"Retry-After": "86400"}, "Retry-After a day")
 BROKEN["14 tokens read"] = completion('{"id0_score": 3, "id1_score": 4}', usage={"prompt_tokens": 14})
 
 
@@ -205,21 +208,20 @@ def test_a_judge_that_fails_at_most_prompts_ends_the_run_with_its_last_reason(se
     judge = serve(lambda question: BROKEN[words] if "bad" in question else fair(question))
     err = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(12)), *"12345678"])
     assert "--judge llm: no verdict on 12 of 20 prompts" in err and words in err
-    assert len(common.read_jsonl(judge.cache)) == 8  # what was paid for is kept
-    assert f"{judge.url}/chat/completions: " in err
+    assert len(LLMJudge(judge.url, "a-model").known) == 8  # what was paid for is kept
+    assert f"{judge.url}: " in err
 
 
-FAULTS = {"status 401": (401, {}, "no such key: sk-key"), "status 404": (404, {}, "no such model")}
+FAULTS = {"no such key: ***": (401, {}, "no such key: sk-key"), "no such model": (404, {}, "no such model")}
 FAULTS |= {"insufficient_quota": (429, {}, '{"error": {"code": "insufficient_quota"}}')}
-FAULTS |= {"Unexpected endpoint": (200, {}, '{"error": "Unexpected endpoint or method."}')}
 
 
 @pytest.mark.parametrize("words", FAULTS)
 def test_a_fault_of_the_set_up_ends_the_run_at_the_first_request(serve, capsys, words):
     judge = serve(FAULTS[words])
     said = stopped(capsys, points, judge, ["one"])
-    assert f"{judge.url}/chat/completions: status" in said and words in said and "check --judge_url" in said
-    assert len(judge.requests) == 1 and "sk-key" not in said
+    assert f"{judge.url}: " in said and words in said and "check --judge_url" in said and "sk-key" not in said
+    assert len(judge.requests) == (13 if words == "insufficient_quota" else 1)  # openai repeats a 429
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -227,16 +229,24 @@ def test_the_key_follows_no_redirect(serve, capsys, status):
     other = serve(fair)
     judge = serve((status, {"Location": f"{other.url}/sk-key"}, ""))
     said = stopped(capsys, points, judge, ["one"])
-    assert f"redirected to {other.url}/***" in said and len(judge.requests) == 1 and not other.requests
+    assert f"Error code: {status}" in said and len(judge.requests) == 1 and not other.requests
 
 
 def test_the_key_may_end_in_a_newline_and_is_never_shown(serve, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " sk-key\r\n")
     judge = serve(fair)
     assert points(judge, ["one"]) == [[3, 4]] and judge.requests[0]["key"] == "Bearer sk-key"
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    judge = serve(fair)
+    assert points(judge, ["two"]) == [[3, 4]] and judge.requests[0]["key"] == "Bearer no-key"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nkey")
     said = stopped(capsys, LLMJudge, judge.url, "a-model")
     assert "OPENAI_API_KEY has a character that no key has" in said and "sk-" not in said
+
+
+def test_without_openai_the_message_says_what_to_install(serve, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
+    assert "pip install openai" in stopped(capsys, serve)
 
 
 def test_ctrl_c_does_not_wait_for_replies(serve):
