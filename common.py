@@ -8,7 +8,7 @@
     6. Models and checkpoints     191  load, check, save; the built-in `tiny`
     7. Several GPUs, files        158  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   429  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   430  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -2055,10 +2055,11 @@ def count_parameters(name, config):
 
 
 def choose_recipe(name, recipes):
-    """The recipe of a model: its own if it has one, else by its number of parameters; those of `tiny` are digits'."""
+    """The recipe of a model: its own if it has one, else by its number of parameters, which short names end with."""
     if name in recipes or name == "tiny":
         return name if name in recipes else "digits"
-    n = count_parameters(name, load_config(name)[0])
+    size = re.search(r"([\d.]+)([mb])\b", name if name in MODELS else "")
+    n = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]] if size else count_parameters(name, load_config(name)[0])
     return "paper" if n > 1e9 else "small" if n > 1e7 else "digits"
 
 
@@ -2177,7 +2178,7 @@ def parse_flags(main, args_class, recipes, description, argv):
     parser.description = f"{description}\n\nshort names for --model:{names}\n\n{defaults}"
     parser.set_defaults(**recipes[recipe])
     flags = parser.parse_args(argv)
-    flags.recipe = recipe if flags.recipe == "auto" else flags.recipe
+    flags.recipe = recipe if flags.recipe == "auto" and not saved else flags.recipe
     try:
         args = args_class(**vars(flags))
     except ValueError as error:  # flags that do not go together

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from steps import cli, last_line, lines, stopped
+from transformers import LlamaConfig
 
 import common
 import dno
 import sppo
 import sr_dpo
 
+ONCE = ["--iterations=1"]
 SMALL = ["--limit", "40", "--n_eval", "8", "--iterations", "1", "--epochs", "1", "--k", "2"]
 
 
@@ -162,12 +164,30 @@ def test_help_has_every_flag_and_the_recipes_values(capsys):
     assert "(default: 1000.0)" in said and "mistralai/Mistral-7B-Instruct-v0.2" in said
 
 
-def test_a_flag_wins_over_the_recipe_and_any_model_has_one(monkeypatch):
+def test_a_flag_wins_over_the_recipe_which_the_number_of_parameters_decides(workdir, monkeypatch, capsys):
+    """1.1 M, 135 M and 1.2 G parameters of a Llama in folders; of short names the number that they end with."""
     seen = []
-    monkeypatch.setattr(common, "check_fit", seen.append)
-    for model in ("mistral-7b", "a/b"):
-        cli(sppo, "--model", model, "--eta", "7", "--dry_run")
-    assert [(args.eta, args.judge, args.learning_rate) for args in seen] == [(7.0, "pairrm", 5e-7)] * 2
+    monkeypatch.setattr(common, "check_fit", lambda args: seen.append(args) or 1 / 0)
+    sizes = {"digits": (128, 2, 4000), "small": (576, 30, 49152), "paper": (2048, 16, 128_000)}
+    for name, (hidden, layers, vocab) in sizes.items():
+        heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+        config = LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocab, **heads)
+        config.update({"intermediate_size": hidden * 8 // 3, "tie_word_embeddings": True})
+        config.save_pretrained(name)
+    short = {"tiny": "digits", "smollm2-135m": "small", "qwen2.5-0.5b": "small", "zephyr-7b-sft": "paper"}
+    for model, recipe in [*zip(sizes, sizes, strict=True), *short.items(), ("mistral-7b", "paper")]:
+        with pytest.raises(ZeroDivisionError):
+            cli(sppo, "--model", model, "--eta", "7")
+        args, wanted = seen.pop(), {**vars(sppo.Args()), **sppo.RECIPES[recipe], "eta": 7.0, "recipe": recipe}
+        assert {**vars(args), "model": 0, "name": 0} == {**wanted, "model": 0, "name": 0}, model
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"recipe {recipe}: prompts {args.prompts}, judge {args.judge}, " in said and "eta 7.0, " in said
+    with pytest.raises(ZeroDivisionError):
+        cli(sr_dpo, "--model", "pythia-2.8b", "--recipe", "auto")
+    assert seen.pop().pairs == "Anthropic/hh-rlhf:train"
+    with pytest.raises(ZeroDivisionError):
+        cli(sppo, "--model", "paper", "--recipe", "small")
+    assert seen.pop().learning_rate == sppo.SMALL["learning_rate"]
 
 
 def test_what_a_run_prints(workdir, capsys, monkeypatch):
@@ -180,8 +200,9 @@ def test_what_a_run_prints(workdir, capsys, monkeypatch):
     said = capsys.readouterr()
     printed = said.out.splitlines()
     assert "judge digits" in printed[0] and said.err == ""
-    assert printed[1].startswith("455,808 parameters: ") and "prompts to train on, 8 held out" in printed[2]
-    assert printed[3].startswith("[0] exact_match ") and "mine 0.25" in said.out
+    assert printed[1].startswith("recipe digits: prompts digits, judge digits, max_prompt_tokens 64, eta 10.0,")
+    assert printed[4].startswith("455,808 parameters: ") and "prompts to train on, 8 held out" in printed[5]
+    assert printed[6].startswith("[0] exact_match ") and "mine 0.25" in said.out
     assert "[1] prompts 32, responses 2, pairs " in said.out and "wins_vs_start" in said.out
     assert printed[-1].startswith(last_line(lines(workdir / "runs/x/metrics.jsonl")))
     assert max(map(len, printed[:-1])) <= 80
@@ -193,9 +214,22 @@ def test_a_run_whose_pairs_are_decided_by_length_warns(workdir, capsys):
     assert re.search(r"decided by\s+truncation [1-9]", said) and "warning: most pairs only teach to be short" in said
 
 
-def test_dry_run_says_what_it_takes_and_writes_nothing(workdir, capsys):
-    cli(sppo, "--dry_run")
-    assert "GB to sample" in capsys.readouterr().out and not (workdir / "runs").exists()
+@pytest.mark.parametrize("script", [sppo, dno, sr_dpo])
+def test_dry_run_loads_everything_says_what_it_takes_and_leaves_nothing(workdir, capsys, script):
+    """40 prompts or pairs less 8 to evaluate, in batches of 5, three times."""
+    steps = 21
+    cli(script, "--limit=40", "--n_eval=8", "--batch_size=5", "--epochs=3", "--dry_run", *ONCE[script is sr_dpo :])
+    said = capsys.readouterr().out
+    assert "GB to sample" in said and f"\n{steps} steps; about " in said and "hours with 9 tokens a response" in said
+    assert not list((workdir / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "flag", ["--prompts=none.jsonl", "--judge=nobody", "--model=nobody", "--eval_prompts=none.json"]
+)
+def test_dry_run_ends_as_the_run_would(workdir, capsys, flag):
+    assert flag.partition("=")[2] in stopped(capsys, cli, sppo, flag, "--limit=40", "--n_eval=4", "--dry_run")
+    assert not list((workdir / "runs").glob("*"))
 
 
 # Tracking ------------------------------------------------------------------------------------------------------------

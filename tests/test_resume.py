@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+from array import array
 from pathlib import Path
 
 import conftest  # noqa: F401  (where common.py is, for `python tests/test_resume.py`)
@@ -389,3 +390,21 @@ def test_a_signal_ends_a_run_in_one_line_and_the_run_resumes(workdir, capsys, mo
 if __name__ == "__main__":
     os.environ |= dict(zip(("KILLS", "SEED"), sys.argv[1:], strict=False))
     sys.exit(pytest.main([__file__, "-k", "killed_anywhere"]))
+
+
+def test_token_ids_are_read_as_arrays_and_written_as_lists(workdir):
+    row = {
+        "prompt": [{"role": "user", "content": "a\u2028b"}],
+        "prompt_ids": [1, 2],
+        "responses": [{"ids": [3, 2**31 - 1]}],
+    }
+    common.write_jsonl(Path("x.jsonl"), [row, {"ids": array("i", [4])}])
+    assert lines(Path("x.jsonl")) == [row, {"ids": [4]}]
+    first, second = common.read_jsonl(Path("x.jsonl"))
+    assert first["prompt"] == row["prompt"] and second == {"ids": array("i", [4])}
+    assert (first["prompt_ids"], first["responses"][0]["ids"]) == (array("i", [1, 2]), array("i", [3, 2**31 - 1]))
+    assert torch.tensor(first["prompt_ids"]).tolist() == [1, 2]
+    for ids in ([2**31], ["1"], [1.5], 7, "12"):
+        common.write_jsonl(Path("x.jsonl"), [{"ids": ids}])
+        with pytest.raises(common.UserError, match="damaged"):
+            common.read_jsonl(Path("x.jsonl"))

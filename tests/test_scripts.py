@@ -68,8 +68,8 @@ def test_a_script_has_few_flags_reads_them_all_and_takes_few_names_from_common(s
     assert len(flags) <= 38 and set(flags) == read
     (names,) = (x.names for x in ast.walk(ast.parse(text)) if isinstance(x, ast.ImportFrom) and x.module == "common")
     assert len(names) <= NAMES[script]
-    for model, recipe in SCRIPTS[script].RECIPES.items():  # name flags and models that exist, and values in range
-        assert set(recipe) <= set(flags) and (model in common.MODELS or model == "other")
+    for name, recipe in SCRIPTS[script].RECIPES.items():  # name flags that exist, and values in range
+        assert set(recipe) <= set(flags) and (name in common.MODELS or name in ("digits", "small", "paper"))
         numbers = ((name, value) for name, value in recipe.items() if not isinstance(value, str))
         limits = {field.name: field.metadata for field in dataclasses.fields(SCRIPTS[script].Args)}
         assert all(limits[name]["low"] <= value <= limits[name]["high"] for name, value in numbers)

@@ -115,44 +115,76 @@ def band(axes, x, rows, **style):
 
 
 def learning(results):
-    """Share of right answers by iterate under the three default jobs; wins against the start on real text."""
+    """Share of right answers by iterate under the three default jobs."""
     runs = json.loads((results / "default.json").read_text())["runs"]
-    figure, panels = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True, layout="constrained")
-    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=False):
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3.0), sharey=True, layout="constrained")
+    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=True):
         rows = [[row["exact_match"] for row in seed] for seed in runs[key].values()]
         band(axes, range(len(rows[0])), rows, color=STYLES[name]["color"], marker="o", linewidth=2)
-        axes.set(title=f"{name}, digits")
-    for key, name in {"sppo": "SPPO", "dno": "DNO"}.items():
-        seeds = json.loads((results / f"real_{key}.json").read_text())["tables"][key]
-        rows = [[row.get("wins_vs_start", 0.5) for row in seed] for seed in seeds]  # the start against itself: 1/2
-        band(panels[3], range(len(rows[0])), rows, marker="o", linewidth=2, label=name, **STYLES[name])
-    panels[3].set(title="SmolLM2-135M, real text", ylabel="wins against the start")
-    panels[3].legend(loc="lower right")
-    for axes in panels:
-        axes.set(xlabel="iterate (0: the start)", xticks=range(round(axes.get_xlim()[1]) + 1), ylim=(0, 1.03))
+        axes.set(title=f"{name}, digits, 3 seeds", xlabel="iterate (0: base model)", ylim=(0, 1.03))
+        axes.set_xticks(range(len(rows[0])))
         axes.grid(linewidth=0.5)
     panels[0].set_ylabel("share of right answers")
+    return figure
+
+
+METHODS = {"sppo": "SPPO", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
+
+
+def real_runs(results):
+    """{method: its records, one a seed} of tests/real_text.py."""
+    files = {name: sorted(results.glob(f"real_{key}_[0-9].json")) for key, name in METHODS.items()}
+    found = {name: [json.loads(file.read_text()) for file in some] for name, some in files.items() if some}
+    if "SPPO" not in found:
+        raise FileNotFoundError(2, "no such file", str(results / "real_sppo_1.json"))
+    return found
+
+
+def real(results):
+    """What SmolLM2-135M keeps by iterate, mean over seeds, with the standard error over all prompts of all seeds."""
+    shown = (
+        ("kept", "one instruction, unseen topics", 64),
+        ("kept of two", "two instructions, never trained together", 32),
+    )
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axes, (key, title, n) in zip(panels, shown, strict=True):
+        for place, (name, seeds) in enumerate(real_runs(results).items()):
+            rows = tensor(*([row["unseen"][key] for row in seed["table"]] for seed in seeds))  # (seeds, iterates)
+            mean, x = rows.mean(0), torch.arange(rows.shape[1]) + 0.03 * place
+            error = (mean * (1 - mean) / (n * len(seeds))) ** 0.5
+            seeds = f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
+            style = {"marker": "o", "linewidth": 2, "capsize": 3, "label": f"{name}, {seeds}", **STYLES[name]}
+            axes.errorbar(x, mean, error, **style)
+        axes.set(title=title, xlabel="iterate (0: base model)", ylim=(0, 1), xticks=range(3))
+        axes.grid(linewidth=0.5)
+    panels[0].set_ylabel("share of answers that keep\nall instructions")
+    panels[0].legend(loc="upper left")
     return figure
 
 
 def logratios(results):
     """log pi / pi_t of chosen and rejected responses: digits in the first iteration; SmolLM2-135M over all steps."""
     digits = json.loads((results / "log_ratios.json").read_text())["steps"]
-    figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", layout="constrained")
-    shown = ("SPPO", "sppo", "sppo"), ("DNO", "dno", "dno"), ("DPO", "sr_dpo", "DPO")
-    for (name, file, key), column in zip(shown, panels.T, strict=True):
-        real = json.loads((results / f"real_{file}.json").read_text())["log_ratios"][key]
-        for axes, what, seeds in zip(column, ("digits", "real text"), (digits[name].values(), real), strict=True):
+    runs = real_runs(results)
+    figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), layout="constrained")
+    for name, column in zip(("SPPO", "DNO", "DPO"), panels.T, strict=True):
+        real = [seed["log_ratios"] for seed in runs.get(name, [])]
+        untuned = ", untuned" if name == "DPO" else ""
+        for axes, what, seeds in zip(column, ("digits", "real model"), ([*digits[name].values()], real), strict=True):
+            if not seeds:
+                axes.axis("off")
+                continue
             steps = min(map(len, seeds))
             rows = torch.stack([tensor(*rows[:steps]) for rows in seeds])  # (seeds, steps, 2)
-            width = max(1, steps // 30)
+            width = max(1, steps // 15)
             bins = steps // width
             means = rows[:, : bins * width].unflatten(1, (bins, width)).mean(2)  # (seeds, bins, 2)
             for i, (label, line) in enumerate((("chosen", "-"), ("rejected", "--"))):
                 style = {"color": STYLES[name]["color"], "linestyle": line, "linewidth": 2, "label": label}
                 band(axes, (torch.arange(bins) + 0.5) * width, means[:, :, i].tolist(), **style)
             axes.axhline(0, color=GREY, linewidth=1)
-            axes.set(xlabel=f"training step (means of {width})", title=f"{name}, {what}")
+            title = f"{name}, {what}, {len(seeds)} seed" + "s" * (len(seeds) > 1) + untuned
+            axes.set(xlabel=f"training step (means of {width})", title=title)
             axes.grid(linewidth=0.5)
             axes.legend(loc="best")
     for axes in panels[:, 0]:
@@ -161,39 +193,41 @@ def logratios(results):
 
 
 def benches(results):
-    """Time and memory as ratios to something else's."""
-    logps, train = (json.loads((results / f"bench_{name}.json").read_text())["table"] for name in ("logps", "train"))
+    """How many times faster, and in how many times less memory, than something else."""
+    logps, train, pairrm = (json.loads((results / f"bench_{x}.json").read_text()) for x in ("logps", "train", "pairrm"))
+    logps, train = logps["table"], train["table"]
     speed = json.loads((results / "bench_generate.json").read_text())["spread"]["transformers generate"]
     trl = min((name for name in train if name.startswith("TRL")), key=lambda name: train[name]["time / ours"])
-    rows = {"an Sr-DPO step\nagainst a DPO step": (train, "time / DPO", "Sr-DPO of sr_dpo.py", "DPO of sr_dpo.py")}
-    rows["an SPPO step\nagainst TRL's DPOTrainer at its best"] = train, "time / ours", "ours", trl
+    rows = {"an SPPO step\nthan TRL's DPOTrainer at its best": (train, "time / ours", "ours", trl)}
     for theirs in ("TRL, fused head", "Liger, from its GRPO loss", "naive log_softmax"):
-        rows[f"token_logps\nagainst {theirs}"] = logps, "time / three products", "ours", theirs
-    ratios = {
-        label: [table[mine][figure] / table[theirs][figure] for figure in (time, "MiB")]
+        rows[f"token_logps\nthan {theirs}"] = logps, "time / three products", "ours", theirs
+    factors = {
+        label: [table[theirs][figure] / table[mine][figure] for figure in (time, "MiB")]
         for label, (table, time, mine, theirs) in rows.items()
     }
-    ratios["generate, lengths spread\nagainst transformers' generate"] = [1 / speed["ours / theirs"]]
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(ratios)), layout="constrained")
-    for n, (name, color, hatch) in enumerate((("time", "#D55E00", ""), ("memory", "#0072B2", "///"))):
-        bars = [(y + 0.2 - 0.4 * n, found[n]) for y, found in enumerate(ratios.values()) if n < len(found)]
-        y, r = zip(*bars, strict=True)
+    factors["generate, lengths spread\nthan transformers' generate"] = [speed["ours / theirs"]]
+    ours, eager = (pairrm["2048 tokens"][name] for name in ("ours, packed", "transformers eager"))
+    ratios = [eager[figure] / ours[figure] for figure in ("ms a pair", "MiB")]
+    factors["PairRM, 2,048 tokens\nthan transformers' eager attention"] = ratios
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(factors)), layout="constrained")
+    words = ("time", "#D55E00", "", "faster"), ("memory", "#0072B2", "///", "less memory")
+    for n, (name, color, hatch, word) in enumerate(words):
+        bars = [(y + 0.2 - 0.4 * n, found[n]) for y, found in enumerate(factors.values()) if n < len(found)]
         style = {"color": color, "hatch": hatch, "edgecolor": GREY, "linewidth": 0.5, "label": name}
-        axes.barh(y, [abs(x - 1) for x in r], height=0.36, left=[min(x, 1) for x in r], **style)
+        axes.barh([y for y, _ in bars], [x for _, x in bars], height=0.36, **style)
         for at, x in bars:
-            axes.annotate(f"{x:.3g} ×", (max(x, 1), at), (4, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.annotate(f"{x:.3g} × {word}", (x, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(1, color=GREY, linewidth=1.2)
-    low, high = (pick(x for found in ratios.values() for x in found) for pick in (min, max))
-    axes.set(xscale="log", xlim=(low / 1.15, max(1, high) * 1.3), xlabel="ratio to the other's (left of 1: less)")
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low / 1.15 <= t <= max(1, high) * 1.3]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set(xscale="log", xlim=(0.5, 2.5 * max(x for found in factors.values() for x in found)))
+    axes.set(xlabel="factor (1: equal), two cores of a CPU, float32")
+    axes.set_xticks((0.5, 1, 2, 5, 10, 20), ("0.5", "1", "2", "5", "10", "20"))
     axes.minorticks_off()
-    axes.set_yticks(range(len(ratios)), list(ratios), fontsize=9)
+    axes.set_yticks(range(len(factors)), list(factors), fontsize=9)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
-PICTURED = {"overview": overview, "learning": learning, "logratios": logratios, "benches": benches}
+PICTURED = {"overview": overview, "learning": learning, "real": real, "logratios": logratios, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):
