@@ -7,6 +7,8 @@ call is not timed. GB/s: the weights, keys and values that a step reads, over it
 `--pairs` pairs of 256 prompt and 2 x 400 response tokens, the second of two. TFLOP/s: 6 x parameters x tokens.
 """
 
+import json
+import shutil
 import time
 
 import torch
@@ -17,6 +19,31 @@ from measure import column, common, limits, make_parser, one_step, record, timed
 from sppo import sppo_loss
 
 MICRO_TOKENS = 16384
+
+
+def random_mistral(args, vocab=32000, **more):
+    """A Mistral of args.hidden and args.layers with random weights in bf16; more: of its config."""
+    sizes = {"vocab_size": vocab, "hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
+    heads = {"num_attention_heads": args.hidden // 128, "num_key_value_heads": max(1, args.hidden // 512)}
+    config = MistralConfig(**sizes, **heads, **more, num_hidden_layers=args.layers, sliding_window=None)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(args.device):
+        policy = MistralForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return policy
+
+
+def save_mistral(folder, args):
+    """Write a random_mistral with the tokenizer of `tiny` and more characters. Returns the number of its parameters."""
+    shutil.copytree(common.MODELS["tiny"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    known = tokenizer["model"]["vocab"]
+    known |= {chr(0x3400 + i): i for i in range(len(known), args.vocab)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    policy = random_mistral(args, args.vocab, bos_token_id=0, eos_token_id=1)
+    policy.save_pretrained(folder)
+    return policy.num_parameters()
 
 
 def spent(function, *inputs):
@@ -32,13 +59,8 @@ def main():
         parser.add_argument(f"--{flag}", type=int, default=default)
     args = parser.parse_args()
     common.require(torch.cuda.is_available() and args.device == "cuda", "it wants a CUDA GPU, and there is none")
-    sizes = {"vocab_size": 32000, "hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
-    heads = {"num_attention_heads": args.hidden // 128, "num_key_value_heads": max(1, args.hidden // 512)}
-    config = MistralConfig(**sizes, **heads, num_hidden_layers=args.layers, sliding_window=None)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(args.device):
-        policy = MistralForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
+    policy = random_mistral(args)
+    config = policy.config
     n, machine = policy.num_parameters(), torch.cuda.get_device_name()
     where = f"{machine}; bf16; {n / 1e9:.2f} G parameters; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
     print(where)

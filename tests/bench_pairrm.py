@@ -17,7 +17,8 @@ from operator import truediv
 from statistics import median
 
 import torch
-from transformers import DebertaV2Config
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, DebertaV2Config
 
 from measure import common, header, make_parser, peak_memory, record, show, take_turns, timed
 
@@ -25,14 +26,26 @@ HEADS, HIDDEN, INNER, POSITIONS = 16, 1024, 4096, 512
 FORMATS = {"ms a pair": ",.1f", "eager / this": ".2f", "this / products": ".2f", "MiB": ",.0f"}
 
 
-def random_pairrm(layers, device):
-    """A PairRMNet of this many layers, else of the real width, but for its vocabulary of 1,000."""
+def random_pairrm(layers, device, **more):
+    """A PairRMNet of this many layers, else of the real width, but for its vocabulary of 1,000; more: of its config."""
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": layers, "num_attention_heads": HEADS, "vocab_size": 1000}
     sizes |= {"intermediate_size": INNER, "type_vocab_size": 0, "position_biased_input": False, "share_att_key": True}
     sizes |= {"relative_attention": True, "position_buckets": POSITIONS // 2, "pos_att_type": ["p2c", "c2p"]}
     torch.manual_seed(0)
-    config = DebertaV2Config(**sizes, norm_rel_ebd="layer_norm", drop_out=0.0, n_tasks=1)
+    config = DebertaV2Config(**sizes | more, norm_rel_ebd="layer_norm", drop_out=0.0, n_tasks=1)
     return common.PairRMNet(config).eval().to(device)
+
+
+def save_pairrm(folder, other, layers, device, vocab):
+    """Write a random_pairrm with this vocabulary and the tokenizer of the model in the folder `other`."""
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    marks = {f"{name}_prefix_id": len(tokenizer) + n for n, name in enumerate(("source", "cand1", "cand2"))}
+    tokenizer.add_tokens(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
+    net = random_pairrm(layers, device, vocab_size=vocab, **marks)
+    for part in (tokenizer, net.pretrained_model.config):
+        part.save_pretrained(folder)
+    save_file(net.state_dict(), folder / "model.safetensors")
 
 
 def products_alone(length, layers, device):

@@ -16,6 +16,7 @@ from test_generate import FAMILIES, MORE, V, build, generate_plain
 from test_logps import compare
 from test_optimizer import train_both
 from test_pairrm import WORDS, toy  # noqa: F401
+from test_resume import measured_iteration
 
 ON = "ON_CUDA" in os.environ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # with ON_CUDA=1 and no GPU: whether this file itself is right
@@ -95,3 +96,8 @@ def test_a_short_run_and_its_resume(script, workdir, monkeypatch):
     assert len(table) == (2 if script is sr_dpo else 3) and all(row["kl"] >= -0.5 for row in table[1:])
     policy, _ = common.load_policy(workdir / "runs/x/iter_1/policy", DEVICE)
     assert hasattr(next(policy.parameters()), "master_remainder") == (DEVICE == "cuda")
+
+
+def test_a_whole_iteration_as_it_is_measured(workdir, monkeypatch):
+    found = measured_iteration(workdir, monkeypatch, DEVICE)
+    assert (found["killed"]["step"]["peak GB"] > 0) == (DEVICE == "cuda")

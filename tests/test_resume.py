@@ -15,6 +15,7 @@ import conftest  # noqa: F401  (where common.py is, for `python tests/test_resum
 import numpy
 import pytest
 import torch
+import whole_iteration
 from safetensors.torch import load_file
 from steps import cli, lines, stopped
 from tqdm import tqdm
@@ -253,6 +254,29 @@ def test_a_copied_script_runs_and_resumes_under_its_own_name(workdir, monkeypatc
     (run,) = workdir.glob("runs/mine-tiny-s1-*")
     cli(mine, "--resume", str(run))
     assert "resume it with python mine.py" in stopped(capsys, cli, sr_dpo, "--resume", str(run))
+
+
+def measured_iteration(folder, monkeypatch, device):
+    """The record of whole_iteration.py, by the small command in its docstring, on this device."""
+    command = whole_iteration.__doc__.replace("\\\n", "").split("tests/whole_iteration.py")[2].split("    a minute")[0]
+    words = ["whole_iteration.py", *command.split(), "--device", device, "--record", str(folder)]
+    monkeypatch.setattr(sys, "argv", words)
+    whole_iteration.main()
+    (file,) = folder.glob("whole_iteration*.json")
+    found = json.loads(file.read_text())
+    begun = {*whole_iteration.TIMED, "Checkpoint.load", "step", "Checkpoint.save", "all, with imports"}
+    assert found["killed"].keys() == begun  # and no save_policy: it was killed in training
+    assert found["resumed"].keys() == begun - {"sample_responses", "preferences"} | {"save_policy"}
+    assert found["killed"]["step"]["calls"] == found["resumed"]["step"]["calls"] == 1
+    assert all(call["seconds"] > 0 for title in ("killed", "resumed") for call in found[title].values())
+    assert found["figures"].keys() == {"tokens/s sampled", "pairs/s judged", "final"}
+    return found
+
+
+def test_a_whole_iteration_as_it_is_measured(workdir, monkeypatch):
+    found = measured_iteration(workdir, monkeypatch, "cpu")
+    assert found["metrics"]["step"] == 2 and found["metrics"]["pairs"] > 16
+    assert found["figures"]["final"] and found["metrics"]["wins_vs_start"] > 0.5
 
 
 # Files that a kill, a disk or a hand left as they should not be ------------------------------------------------------
