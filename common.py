@@ -5,7 +5,7 @@
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     366  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    379  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     191  load, check, save; the built-in `tiny`
+    6. Models and checkpoints     189  load, check, save; the built-in `tiny`
     7. Several GPUs, files        158  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
     9. Run folder, command line   430  runs/NAME; flags; "does it fit?"; errors in one line
@@ -1430,9 +1430,7 @@ def load_policy(name, device="cpu", checkpointing=False):
     UserError for a model that cannot be loaded, or that this project would compute wrongly.
     """
     config, path = load_config(str(name))
-    capped = getattr(
-        config.get_text_config(), "attn_logit_softcapping", None
-    )  # Gemma 2; only eager attention does this
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2: only eager attention does it
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     settings |= {"config": config, "attn_implementation": "eager" if capped else None}  # None: not config.json's

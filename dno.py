@@ -9,8 +9,6 @@ pi_t exp(r_t / eta), eq. 9.
     python dno.py                       the built-in task, two minutes on two CPU cores: 0.11 -> 0.91 right
     python dno.py --model DIR --prompts FILE.jsonl --gold FILE.jsonl --judge DIR    your model, data and judge
 
-It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
-
 Where this file departs from the paper, or fills what it leaves open:
  1. A truncated response loses to any finished one, whatever the judge says. So does a sample with many repeated
     n-grams, as in section 5.1; the threshold, in `repeats`, is ours.
@@ -98,8 +96,7 @@ class Args:
     iterations: int = flag(3, "Rounds of sampling, judging and training, each on its own prompts.", low=1)
     k: int = flag(5, "Responses sampled per prompt.", low=2, high=128)
     variant: Literal["dno", "restrictive", "spin", "all", "exact"] = flag(
-        "dno",
-        "dno: large margins; restrictive: of these, the teacher's; spin: the teacher's, unjudged; all; exact: eq. 8.",
+        "dno", "dno: large margins; restrictive: the teacher's; spin: the teacher's, unjudged; all; exact: eq. 8."
     )
     eta: float = flag(2.0, "DPO's beta: the higher, the closer to pi_t.", low=1e-6)
     tau: float = flag(0.0, "Regularises towards the base model, appendix A: at most --eta; 0: the plain game.")
@@ -136,9 +133,8 @@ class Args:
             raise ValueError(f"--tau {self.tau}: must be at most --eta {self.eta}")
 
 
-# arXiv 2404.03715, section 5.1, where the judge is GPT-4-Turbo (--judge llm), the base model Orca-2.5. K, iterations,
-# epochs and the batch are the defaults. In later iterations the paper lowers its rate, it does not say by how much.
-PAPER = {
+# Section 5.1, where the judge is GPT-4-Turbo (--judge llm), the base model Orca-2.5. K, iterations, epochs, batch size
+PAPER = {  # are the defaults. In later iterations the paper lowers its rate, it does not say by how much.
     "prompts": "openbmb/UltraFeedback",
     "gold": "openbmb/UltraFeedback",
     "judge": "pairrm",

@@ -1,26 +1,23 @@
-"""The three methods on a real model and real text: what comes out, for better or worse.
+"""The three methods on a real model: SmolLM2-135M-Instruct learns to keep instructions that anybody can check.
 
-    python tests/real_text.py sppo        self-play on questions of AlpacaEval and HH-RLHF, judged by sentiment
-    python tests/real_text.py dno         the same with the student's own pairs
-    python tests/real_text.py sr_dpo      DPO, Sr-DPO, IPO and Sr-IPO on pairs of HH-RLHF; log-probs behind each p
+    python tests/real_text.py sppo 1        a run with seed 1, half an hour on one core; also: dno
+    python tests/real_text.py dpo 1         on the pairs of sppo's first iteration with seed 1; also: sr_dpo
+    python tests/real_text.py table         the tables and the answers of README.md and tests/README.md
 
-each for three seeds; --data FILE where the hub cannot be reached; --device cuda for a GPU, where it takes more data and
-runs four jobs at a time. They print means and standard deviations over the seeds and write
-tests/claims/results/real_*.json.
-
-The policy is SmolLM2-135M-Instruct (smollm2.py). The judge of sppo and dno is VADER's sentiment, a lexicon with rules:
-P(y > y') = sigmoid(4 (s - s')), s from -1 to 1. A reader can check it, and so can see when a policy plays it. The
-questions are those of one line, at most 80 characters and no negative word; each asks for one short sentence, so that
-less than a tenth of the start's answers are cut.
+A prompt asks for a sentence about a topic and gives one of two instructions: 'Do not use commas.' or 'Use the word
+"water".' The judge is a set of rules: P(y > y') = sigmoid(6 (s - s')), s from 0 to 1 the mean of how nearly the answer
+is one sentence and keeps the instruction. The base model does both in about 40 % of its answers: what it never does it
+cannot learn from its own samples. After each iteration it answers prompts that no training prompt is like, on unseen
+topics, with one instruction and with both. Results: tests/claims/results/real_METHOD_SEED.json.
 """
 
 import argparse
-import multiprocessing
+import json
 import random
+import re
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -36,146 +33,199 @@ import sppo
 import sr_dpo
 from measure import common
 
-SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-ALPACA = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
-HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz"
-DATA = {"sppo": [ALPACA, HH], "dno": [ALPACA, HH], "sr_dpo": [HH]}
-SELF_PLAY = {"judge": "sentiment", "limit": 384, "n_eval": 64, "iterations": 2, "k": 3}
-OFFLINE = {"judge": "", "limit": 192, "n_eval": 48, "max_prompt_tokens": 160, "refine_prompt": "usefulness"}
-SETTINGS = {"sppo": SELF_PLAY, "dno": {**SELF_PLAY, "limit": 300, "gold": "", "sft_alpha": 0.0}, "sr_dpo": OFFLINE}
-ALL = {"limit": 0, "n_eval": 200}
-LARGE = {"sppo": {**ALL, "iterations": 3, "k": 5}, "dno": {**ALL, "iterations": 3, "k": 5}}  # on a GPU
-LARGE["sr_dpo"] = {**ALL, "max_prompt_tokens": 512, "max_new_tokens": 160, "micro_tokens": 8192}
-SIZES = {"cpu": (1, 200), "cuda": (3, 500)}  # turns of a pair's prompt, characters of its answers: at most
-METHODS = {"DPO": ("sr_dpo", 0.0), "Sr-DPO": ("sr_dpo", 0.3), "IPO": ("sr_ipo", 0.0), "Sr-IPO": ("sr_ipo", 0.3)}
+TOPICS = """a volcano, the moon, bread, honey, a bicycle, the sea, a library, gold, tea, a violin, chess, a bridge,
+rain, a desert, cheese, a whale, glass, a garden, music, the sun, a clock, paper, a horse, coffee, a castle, snow, a
+kite, salt, a forest, a train, soap, an island, a mirror, rice, a lighthouse, cotton, a dolphin, a map, silver, a
+piano, football, a river, thunder, a museum, chocolate, an owl, wood, a park, painting, a star, a lamp, wool, a camel,
+milk, a tower, ice, a ball, sugar, a mountain, a ship, ink, a cave, a window, corn, a farm, silk, a shark, a calendar,
+iron, a drum, tennis, a lake, wind, a school, butter, an eagle, stone, a market, dancing, a comet, a candle, leather,
+an elephant, oil, a palace, fog, a puzzle, pepper""".replace("\n", " ").split(", ")
+ASK = (
+    "Describe {} in one short sentence.",
+    "What is {}? Answer in one short sentence.",
+    "Tell me one short fact about {}.",
+)
+WORDS = "always", "often", "people", "world", "small", "water", "beautiful", "natural"
 
 
-class Sentiment:
-    """VADER's compound sentiment of an answer as a judge."""
+def words(text):
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
-    def __init__(self):
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-        self.score = SentimentIntensityAnalyzer().polarity_scores
+RULES = {  # instruction -> how nearly an answer keeps it, 1: it does; {} stands for one of WORDS
+    "Do not use commas.": lambda text, _: 1 / (1 + text.count(",")),
+    'Use the word "{}".': lambda text, word: float(word in words(text)),
+}
 
-    def sentiment(self, responses):
-        return torch.tensor([[self.score(y)["compound"] for y in texts] for texts in responses])
+
+class Rules:
+    """The judge: an answer of one sentence that keeps the prompt's instructions is worth 1."""
+
+    def shares(self, prompt, text):
+        """How nearly an answer keeps each instruction: a list of numbers from 0 to 1; of no word, 0."""
+        found = [len(re.findall(r"[.!?]+(?=\s|$|[\"'])", text)) == 1 and "\n" not in text.strip()]  # one sentence
+        for rule, check in RULES.items():
+            if match := re.search(re.escape(rule).replace(r"\{\}", "(.+?)"), prompt):
+                found.append(check(text, match[1] if match.groups() else None))
+        return [float(share) * bool(words(text)) for share in found]
+
+    def scores(self, prompts, responses):
+        rows = zip((prompt[-1]["content"] for prompt in prompts), responses, strict=True)
+        return torch.tensor([[mean(self.shares(prompt, text)) for text in texts] for prompt, texts in rows])
 
     def __call__(self, prompts, responses):
-        s = self.sentiment(responses)
-        return torch.sigmoid(4 * (s[:, :, None] - s[:, None, :]))
+        s = self.scores(prompts, responses)
+        return torch.sigmoid(6 * (s[:, :, None] - s[:, None, :]))
 
     def metrics(self, prompts, responses):
-        return {"sentiment": self.sentiment(responses).mean().item()}
+        s = self.scores(prompts, responses)
+        return {"kept": (s == 1).float().mean().item(), "score": s.mean().item()}
 
 
-def questions(sources, file):
-    """Write the questions in `sources` of one short line without a negative word, each asking for a short answer."""
-    score, texts = Sentiment().score, {}
-    for source in sources:
-        texts |= dict.fromkeys(prompt[0]["content"] for prompt in common.load_prompts(source))
-    kept = [x for x in texts if len(x) <= 80 and x.endswith("?") and "\n" not in x and score(x)["neg"] == 0]
-    random.Random(0).shuffle(kept)
+def make_prompts(n, topics, rules, seed):
+    """n different prompts: a topic, and the instructions of one of `rules`, tuples of places in RULES, in turn."""
+    rng, texts = random.Random(f"prompts {seed}"), {}
+    while len(texts) < n:
+        told = [[*RULES][i].format(rng.choice(WORDS)) for i in rules[len(texts) % len(rules)]]
+        texts[" ".join([rng.choice(ASK).format(rng.choice(topics)), *told])] = None
     system = {"role": "system", "content": "Be brief."}  # shorter than the template's own
-    asked = [{"role": "user", "content": f"{text} Answer in one short sentence."} for text in kept]
-    common.write_jsonl(file, [{"prompt": [system, question]} for question in asked])
+    return [[system, {"role": "user", "content": text}] for text in texts]
 
 
-def short_pairs(sources, file, turns, longest):
-    """Write the pairs in `sources` of at most so many turns, and answers of at most so many characters."""
-    pairs = [pair for source in sources for pair in common.load_pairs(source)]
-    texts = [(len(pair["prompt"]), *(pair[name] for name in ("chosen", "rejected"))) for pair in pairs]
-    kept = [pair for pair, (n, *ys) in zip(pairs, texts, strict=True) if n <= turns and max(map(len, ys)) <= longest]
-    common.write_jsonl(file, kept)
+UNSEEN = 64, 32  # prompts on unseen topics: with one instruction, and with two
 
 
-def run(script, settings, seed, name, model):
-    """(metrics of each iterate, [chosen, rejected] log-ratio of each step, five answers of start and end)."""
-    common.JUDGES["sentiment"] = lambda _: Sentiment()
-    common.MODELS["smollm2-135m"] = model  # so that the scripts take its recipe
-    argv = [f"--{key}={value}" for key, value in {**settings, "seed": seed, "name": name}.items()]
-    module = SCRIPTS[script]
-    common.cli(module.main, module.Args, module.RECIPES, module.__doc__, argv)
-    folder = Path("runs") / name
-    table = common.read_jsonl(folder / "metrics.jsonl")
-    steps = [row for t in range(1, len(table)) for row in common.read_jsonl(folder / f"iter_{t}" / "steps.jsonl")]
-    log_ratios = [[row["chosen_log_ratio"], row["rejected_log_ratio"]] for row in steps]
-    rows = [common.read_jsonl(folder / f"iter_{t}" / "answers.jsonl")[:5] for t in (0, len(table) - 1)]
-    answers = [
-        {"prompt": a["prompt"][-1]["content"], "start": a["responses"][0]["text"], "end": b["responses"][0]["text"]}
-        for a, b in zip(*rows, strict=True)
+def write_prompts(folder):
+    """The files of training prompts, on 64 topics, and of prompts to be answered, on the others."""
+    topics = random.Random(0).sample(TOPICS, len(TOPICS))
+    train = make_prompts(360, topics[:64], [(0,), (1,)], 0)
+    unseen = make_prompts(UNSEEN[0], topics[64:], [(0,), (1,)], 1) + make_prompts(
+        UNSEEN[1], topics[64:], [(0, 1), (1, 0)], 2
+    )
+    files = folder / "train.jsonl", folder / "unseen.jsonl"
+    for file, prompts in zip(files, (train, unseen), strict=True):
+        common.write_jsonl(file, [{"prompt": prompt} for prompt in prompts])
+    return files
+
+
+# Chosen on seed 1; tests/README.md has what else was tried.
+OWN = {"judge": "rules", "limit": 320, "n_eval": 64, "iterations": 2, "k": 4, "max_prompt_tokens": 96}
+OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "batch_size": 8, "warmup_ratio": 0.2}
+OWN |= {"learning_rate": 1e-5, "micro_tokens": 1024}
+GIVEN = {key: value for key, value in OWN.items() if key not in ("limit", "iterations", "k")}
+METHODS = {
+    "sppo": (sppo, OWN),
+    "dno": (dno, {**OWN, "gold": "", "sft_alpha": 0.0}),
+    "dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.0}),
+    "sr_dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.3}),
+}
+
+
+def beside(policy, tokenizer, prompts, texts):
+    """Measures that no judge saw, of answers on unseen topics: the topic is named, distinct-2, nats per token."""
+    topics = [
+        re.search(r"(?:Describe|What is|about) (?:an? |the )?(\w+)", prompt[-1]["content"])[1] for prompt in prompts
     ]
-    return table, log_ratios, answers
+    named = mean(topic in text.lower() for topic, text in zip(topics, texts, strict=True))
+    twos = [pair for text in texts for pair in zip(words(text), words(text)[1:], strict=False)]
+    rows = [{"prompt": x, "answer": y} for x, y in zip(prompts, texts, strict=True) if y.strip()]
+    args = sppo.Args(max_prompt_tokens=96, max_new_tokens=64)
+    rows = common.encode_rows(policy, tokenizer, rows, args, answers=["answer"])
+    rows = common.add_logps(policy, [{**row, "responses": [row["answer"]]} for row in rows], "logps", 1024)
+    tokens = sum(len(row["answer"]["ids"]) for row in rows)
+    logp = sum(row["logps"][0] for row in rows) / tokens  # under the base model
+    return {"topic named": named, "distinct-2": len(set(twos)) / max(1, len(twos)), "logp per token": logp}
 
 
-def premise(model, file, device):
-    """Mean log-probs of chosen and rejected answers behind each of the named prompts, less those without: 96 pairs."""
-    policy, tokenizer = common.load_policy(model, device)
-    found, plain = {}, None
-    for name, p in {"none": "", **sr_dpo.REFINE_PROMPTS}.items():
-        args = sr_dpo.Args(refine_prompt=p or "none", max_prompt_tokens=999, max_new_tokens=96)
-        rows = common.encode_rows(policy, tokenizer, common.load_pairs(file, 96), args, "", ["chosen", "rejected"])
-        rows = common.encode_rows(policy, tokenizer, rows, args, change=lambda x, p=p: sr_dpo.refine(x, p))
-        rows = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
-        rows = common.add_logps(policy, rows, "logps", args.micro_tokens, "refined_ids")
-        logps = torch.tensor([row["logps"] for row in rows])
-        plain = logps if plain is None else plain
-        chosen, rejected = (logps - plain).mean(0).tolist()
-        margin = (logps[:, 0] - logps[:, 1]) - (plain[:, 0] - plain[:, 1])
-        found[name] = {"chosen": chosen, "rejected": rejected, "margin": margin.mean().item()}
-        found[name]["se of margin"] = margin.std().item() / len(rows) ** 0.5
-    return found
+def run(method, seed, settings):
+    """Train; returns the result as a dict, in which the row of each iterate has the figures of unseen prompts, too."""
+    module, flags = METHODS[method]
+    model, folder, began = str(smollm2.make()), Path("runs") / f"real-{method}-s{seed}", time.time()
+    common.JUDGES["rules"] = lambda _: Rules()
+    train, unseen = write_prompts(Path("runs"))
+    flags = {**flags, **settings, "recipe": "small", "seed": seed, "eval_prompts": unseen, "prompts": train}
+    if module is sr_dpo:
+        del flags["prompts"]
+        flags["pairs"] = file = Path(f"runs/pairs-{method}-s{seed}.jsonl")
+        pairs = common.read_jsonl(Path(f"runs/real-sppo-s{seed}/iter_1/pairs.jsonl"))
+        texts = [(pair["prompt"], *(y["text"] for y in pair["responses"])) for pair in pairs]
+        common.write_jsonl(file, [{"prompt": x, "chosen": a, "rejected": b} for x, a, b in texts])
+    argv = [f"--{key}={value}" for key, value in {**flags, "model": model, "name": folder.name}.items()]
+    argv = [f"--resume={folder}"] if folder.exists() else argv
+    common.cli(module.main, module.Args, module.RECIPES, module.__doc__, argv)
+    table, minutes = common.read_jsonl(folder / "metrics.jsonl"), (time.time() - began) / 60
+
+    policy, tokenizer = common.load_policy(model)
+    prompts, answers, log_ratios = [row["prompt"] for row in common.read_jsonl(unseen)], [], []
+    for row in table:
+        iterate = folder / f"iter_{row['iterate']}"
+        texts = [output["output"] for output in json.loads((iterate / "outputs.json").read_text())]
+        kept = [min(Rules().shares(x[-1]["content"], y)) == 1 for x, y in zip(prompts, texts, strict=True)]
+        row["unseen"] = {"kept": mean(kept[: UNSEEN[0]]), "kept of two": mean(kept[UNSEEN[0] :])}
+        row["unseen"] |= beside(policy, tokenizer, prompts, texts)
+        answers.append(texts)
+        steps = common.read_jsonl(iterate / "steps.jsonl")
+        log_ratios += [[step["chosen_log_ratio"], step["rejected_log_ratio"]] for step in steps]
+    some = [*zip((x[-1]["content"] for x in prompts), answers[0], answers[-1], strict=True)][::5]
+    result = {"command": shlex.join(["python", "tests/real_text.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d")}
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    result |= {"where": f"{measure.cpu()}, {torch.get_num_threads()} threads; {versions}", "minutes": minutes}
+    result |= {"settings": {key: str(x) for key, x in flags.items()}, "table": table, "log_ratios": log_ratios}
+    return result | {"answers": [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in some]}
+
+
+NAMES = {"sppo": "SPPO", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
+COLUMNS = {"wins_vs_start": 3, "wins_at_equal_length": 3, "logp_drop": 2, "tokens": 1, "truncated": 3}
+UNSEEN_COLUMNS = {"kept": 3, "kept of two": 3, "topic named": 2, "distinct-2": 2, "logp per token": 2}
+
+
+def rows_of_table(results=measure.RESULTS):
+    """A line of Markdown for each method and iterate: means, ± standard deviations where there are several seeds."""
+    for method, name in NAMES.items():
+        seeds = [json.loads(file.read_text())["table"] for file in sorted(results.glob(f"real_{method}_[0-9].json"))]
+        for t in range(len(seeds[0]) if seeds else 0):
+            cells = [f"{name}, {len(seeds)} seed" + "s" * (len(seeds) > 1), str(t)]
+            for columns, part in ((UNSEEN_COLUMNS, lambda row: row["unseen"]), (COLUMNS, lambda row: row)):
+                for column, digits in columns.items():
+                    values = [part(table[t]).get(column) for table in seeds]
+                    known = None not in values
+                    cells.append(f"{mean(values):.{digits}f}" if known else "-")
+                    if known and len(values) > 1:
+                        cells[-1] += f" ± {stdev(values):.{digits}f}"
+            yield f"| {' | '.join(cells)} |"
+
+
+def rows_of_summary(results=measure.RESULTS):
+    """A line of Markdown for each method: what changes from the base model to the last iterate, as means over seeds."""
+    for method, name in NAMES.items():
+        seeds = [json.loads(file.read_text())["table"] for file in sorted(results.glob(f"real_{method}_[0-9].json"))]
+        if seeds:
+            cells = [f"{name}, {len(seeds)} seed" + "s" * (len(seeds) > 1)]
+            for column in ("kept", "kept of two"):
+                cells.append(" → ".join(f"{mean(rows[t]['unseen'][column] for rows in seeds):.2f}" for t in (0, -1)))
+            cells += [f"{mean(rows[-1][x] for rows in seeds):.3f}" for x in ("wins_vs_start", "wins_at_equal_length")]
+            yield f"| {' | '.join(cells)} |"
+
+
+def lines_of_answers(results=measure.RESULTS):
+    """A line of Markdown for each of the twenty prompts of SPPO's first seed."""
+    for row in json.loads((results / "real_sppo_1.json").read_text())["answers"]:
+        before, after = (json.dumps(row[name], ensure_ascii=False) for name in ("before", "after"))
+        yield f"- {row['prompt']} before: {before} after: {after}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--data", nargs="+", help="files, or datasets on the hub; by default the published ones")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    args, began = parser.parse_args(), time.time()
-    cuda, model = args.device == "cuda", str(smollm2.make())
-    file, sources = Path("runs") / f"real-{args.script}.jsonl", args.data or DATA[args.script]
-    short_pairs(sources, file, *SIZES[args.device]) if args.script == "sr_dpo" else questions(sources, file)
-    settings = {"model": "smollm2-135m", **SETTINGS[args.script], **(LARGE[args.script] if cuda else {})}
-    settings |= {"device": args.device, "pairs" if args.script == "sr_dpo" else "prompts": file}
-    variants = {args.script: {}}
-    if args.script == "sr_dpo":
-        variants = {name: {"loss": loss, "lam": lam} for name, (loss, lam) in METHODS.items()}
-    stamp, tables, log_ratios, answers = time.strftime("%Y%m%d-%H%M%S"), {}, {}, []
-    jobs = [(seed, name) for seed in range(1, args.seeds + 1) for name in variants]
-    with ProcessPoolExecutor(4 if cuda else 1, multiprocessing.get_context("spawn")) as pool:
-        running = []
-        for seed, name in jobs:
-            job = {**settings, **variants[name]}, seed, f"real-{stamp}-{name.lower()}-s{seed}"
-            running.append(pool.submit(run, args.script, *job, model))
-        for (seed, name), job in zip(jobs, running, strict=True):
-            table, steps, some = job.result()
-            tables.setdefault(name, []).append(table)
-            log_ratios.setdefault(name, []).append(steps)
-            answers += some if seed == 1 and args.script != "sr_dpo" else []
-    minutes = (time.time() - began) / 60 / args.seeds
-    print(f"\nmean ± standard deviation over {args.seeds} seeds, {minutes:.0f} minutes each")
-    for name, seeds in tables.items():
-        for t, rows in enumerate(zip(*seeds, strict=True)):
-            figures = [key for key, value in rows[0].items() if isinstance(value, float) and key != "seconds"]
-            lists = {key: [row[key] for row in rows] for key in figures}
-            spread = {key: (mean(v), stdev(v) if len(v) > 1 else 0.0) for key, v in lists.items()}
-            print(f"{name} [{t}]", ", ".join(f"{key} {m:.3g} ± {s:.2g}" for key, (m, s) in spread.items()))
-    for row in answers:
-        print(f"\n{row['prompt']}\n    start: {row['start']}\n    end:   {row['end']}")
-    words = [Path(word).name if word in (args.data or ()) else word for word in sys.argv[1:]]  # no path
-    where = torch.cuda.get_device_name() if cuda else f"{measure.cpu()}, {torch.get_num_threads()} threads"
-    result = {"command": shlex.join(["python", "tests/real_text.py", *words]), "date": time.strftime("%Y-%m-%d")}
-    result |= {"where": f"{where}; torch {torch.__version__}, transformers {transformers.__version__}"}
-    result |= {"seeds": args.seeds, "minutes per seed": minutes, "settings": {**settings, "model": "smollm2-135m"}}
-    result["settings"] = {key: str(value) for key, value in result["settings"].items()}
-    result |= {"tables": tables, "log_ratios": log_ratios, "answers": answers}
-    if args.script == "sr_dpo":
-        result["behind p, less without"] = premise(model, str(file), args.device)
-        for name, figures in result["behind p, less without"].items():
-            print(f"behind {name!r}, less without:", ", ".join(f"{key} {x:+.2f}" for key, x in figures.items()))
-    measure.write(f"real_{args.script}" + "_cuda" * cuda, result)
+    parser.add_argument("method", choices=[*METHODS, "table"])
+    parser.add_argument("seed", type=int, nargs="?", default=1)
+    parser.add_argument("--set", nargs="*", default=[], metavar="FLAG=VALUE", help="other settings, to try them")
+    parser.add_argument("--name", default="", help="ending of the result's name")
+    args = parser.parse_args()
+    if args.method == "table":
+        print(*rows_of_table(), *lines_of_answers(), sep="\n")
+    else:
+        result = run(args.method, args.seed, dict(word.split("=") for word in args.set))
+        measure.write(f"real_{args.method}_{args.seed}{args.name}", result)
 
 
 if __name__ == "__main__":

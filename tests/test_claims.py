@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import games
 import pytest
+import real_text
 import samples
 import tiny
 import torch
@@ -12,12 +14,12 @@ from conftest import ROOT
 from games import BIASED, NASH, gap
 from steps import tensor
 
+import common
 import dno
 import sppo
 
 CLAIMS = ROOT / "tests" / "claims"
 START = games.random_policies(3, range(1, 5))
-RECORDS = ("default", "real_sppo", "real_dno", "real_sppo_cuda", "real_sr_dpo")
 
 
 def test_nash_and_only_nash_has_no_gap():
@@ -104,18 +106,34 @@ def test_a_step_on_samples_of_two_by_hand():
 
 
 def test_what_readmes_say_of_records():
-    """Each iterate against the one before: 18 of 18 on digits, 19 of 21 on real text. Sr-DPO's time by DPO's."""
-    read = {name: json.loads((CLAIMS / f"results/{name}.json").read_text()) for name in RECORDS}
-    digits = [rows for key in ("sppo", "dno") for rows in read["default"]["runs"][key].values()]
-    real = [rows for name in RECORDS[1:4] for table in read[name]["tables"].values() for rows in table]
-    for runs, better, of in ((digits, 18, 18), (real, 19, 21)):
-        wins = [row["wins_vs_each"][-1] > 0.5 for rows in runs for row in rows[1:]]
-        assert (sum(wins), len(wins)) == (better, of)
-    tables = read["real_sr_dpo"]["tables"]
-    seconds = {name: [rows[-1]["seconds"] for rows in tables[name]] for name in tables}
-    for refined, plain, right in (("Sr-DPO", "DPO", [1.22, 1.16]), ("Sr-IPO", "IPO", [1.20, 1.23])):
-        ratios = [a / b for a, b in zip(seconds[refined], seconds[plain], strict=True)]
-        assert ratios[:2] == pytest.approx(right, abs=0.005)  # seed 3 shared the machine: DPO 252 s, IPO 582 s
+    """Each iterate beats the one before: 18 of 18 on digits. A step of Sr-DPO takes 26 % longer than one of DPO."""
+    runs = json.loads((CLAIMS / "results/default.json").read_text())["runs"]
+    wins = [row["wins_vs_each"][-1] > 0.5 for key in ("sppo", "dno") for rows in runs[key].values() for row in rows[1:]]
+    assert (sum(wins), len(wins)) == (18, 18)
+    steps = json.loads((CLAIMS / "results/bench_train.json").read_text())["table"]
+    assert steps["Sr-DPO of sr_dpo.py"]["time / DPO"] == pytest.approx(1.26, abs=0.005)
+
+
+def test_the_rules_of_the_real_task_by_hand():
+    """Shares of: one sentence, the instruction or both; unseen prompts share no topic with those of training."""
+    judge = real_text.Rules()
+    commas, word = "What is rain? Do not use commas.", 'What is rain? Use the word "water".'
+    assert judge.shares(commas, "Rain is water.") == [1, 1] == judge.shares(word, "Rain is Water!")
+    assert judge.shares(commas, "Rain, snow, fog. And more.") == [0, 1 / 3] and judge.shares(word, "Waters") == [0, 0]
+    assert judge.shares(commas + ' Use the word "water".', '"A, b."') == [1, 1 / 2, 0]
+    assert judge.shares(commas, ".") == [0, 0]
+    prefs = judge([[{"role": "user", "content": word}]], [["It is water.", "It is wet.", "Wet"]])  # s = 1, 1/2, 0
+    right = torch.sigmoid(6 * torch.tensor([[[0, 0.5, 1], [-0.5, 0, 0.5], [-1, -0.5, 0]]]))
+    torch.testing.assert_close(prefs, right)
+
+
+def test_unseen_prompts_are_on_other_topics(tmp_path):
+    train, unseen = (common.read_jsonl(file) for file in real_text.write_prompts(tmp_path))
+    texts = [[re.sub("[?.]", " ", row["prompt"][-1]["content"]) for row in rows] for rows in (train, unseen)]
+    topics = [{t for t in real_text.TOPICS if any(f" {t} " in text for text in some)} for some in texts]
+    assert len(train) == 360 and len(unseen) == 96 and len(topics[0]) == 64 and not topics[0] & topics[1] and topics[1]
+    both = [row for row in unseen if all(text in row["prompt"][-1]["content"] for text in ("commas", "Use the word"))]
+    assert both == unseen[64:] and not any(text in str(train) for text in ("commas. Use", '". Do not'))
 
 
 # Over three seeds A - B is 2, 3, 4: mean 3, standard deviation 1; t of two degrees of freedom is 4.303. The numbers

@@ -114,20 +114,6 @@ def band(axes, x, rows, **style):
     axes.fill_between(x, rows.amin(0), rows.amax(0), color=style["color"], alpha=0.18, linewidth=0)
 
 
-def learning(results):
-    """Share of right answers by iterate under the three default jobs."""
-    runs = json.loads((results / "default.json").read_text())["runs"]
-    figure, panels = plt.subplots(1, 3, figsize=(9, 3.0), sharey=True, layout="constrained")
-    for axes, (key, name) in zip(panels, {"sppo": "SPPO", "dno": "DNO", "sr_dpo": "Sr-DPO"}.items(), strict=True):
-        rows = [[row["exact_match"] for row in seed] for seed in runs[key].values()]
-        band(axes, range(len(rows[0])), rows, color=STYLES[name]["color"], marker="o", linewidth=2)
-        axes.set(title=f"{name}, digits, 3 seeds", xlabel="iterate (0: base model)", ylim=(0, 1.03))
-        axes.set_xticks(range(len(rows[0])))
-        axes.grid(linewidth=0.5)
-    panels[0].set_ylabel("share of right answers")
-    return figure
-
-
 METHODS = {"sppo": "SPPO", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
 
 
@@ -198,17 +184,17 @@ def benches(results):
     logps, train = logps["table"], train["table"]
     speed = json.loads((results / "bench_generate.json").read_text())["spread"]["transformers generate"]
     trl = min((name for name in train if name.startswith("TRL")), key=lambda name: train[name]["time / ours"])
-    rows = {"an SPPO step\nthan TRL's DPOTrainer at its best": (train, "time / ours", "ours", trl)}
+    rows = {"an SPPO step\nagainst TRL's DPOTrainer at its best": (train, "time / ours", "ours", trl)}
     for theirs in ("TRL, fused head", "Liger, from its GRPO loss", "naive log_softmax"):
-        rows[f"token_logps\nthan {theirs}"] = logps, "time / three products", "ours", theirs
+        rows[f"token_logps\nagainst {theirs}"] = logps, "time / three products", "ours", theirs
     factors = {
         label: [table[theirs][figure] / table[mine][figure] for figure in (time, "MiB")]
         for label, (table, time, mine, theirs) in rows.items()
     }
-    factors["generate, lengths spread\nthan transformers' generate"] = [speed["ours / theirs"]]
+    factors["generate, lengths spread\nagainst transformers' generate"] = [speed["ours / theirs"]]
     ours, eager = (pairrm["2048 tokens"][name] for name in ("ours, packed", "transformers eager"))
     ratios = [eager[figure] / ours[figure] for figure in ("ms a pair", "MiB")]
-    factors["PairRM, 2,048 tokens\nthan transformers' eager attention"] = ratios
+    factors["PairRM, 2,048 tokens\nagainst transformers' eager attention"] = ratios
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.62 * len(factors)), layout="constrained")
     words = ("time", "#D55E00", "", "faster"), ("memory", "#0072B2", "///", "less memory")
     for n, (name, color, hatch, word) in enumerate(words):
@@ -227,7 +213,7 @@ def benches(results):
     return figure
 
 
-PICTURED = {"overview": overview, "learning": learning, "real": real, "logratios": logratios, "benches": benches}
+PICTURED = {"overview": overview, "real": real, "logratios": logratios, "benches": benches}
 
 
 def main(results=RESULTS, pictures=PICTURES):
