@@ -3,12 +3,12 @@
     1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 249  generate: K samples per prompt, from a KV cache whose rows are refilled
     3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     366  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
-    5. Data and chat templates    379  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    4. Judges                     368  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
+    5. Data and chat templates    386  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     189  load, check, save; the built-in `tiny`
-    7. Several GPUs, files        158  data parallel under torchrun; files that survive a kill
+    7. Several GPUs, files        153  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   430  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   439  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -133,7 +133,7 @@ def row_logps(logits, targets, softcap, slopes=None):
         logits.div_(softcap).tanh_()
         dcap = 1 - logits**2
         logits *= softcap
-    # Not torch.log_softmax: on the CPU its float32 error grows with V, to 1e-5 nats per token at V = 256k.
+    # Not torch.log_softmax: on the CPU its float32 error grows with V, to 3e-5 nats per token at V = 256k.
     peak, target_logits = logits.amax(1, keepdim=True), logits.gather(1, targets[:, None])
     total = logits.sub_(peak).exp_().sum(1, keepdim=True)
     logps = target_logits - peak - total.log()
@@ -700,7 +700,7 @@ class DigitsJudge:
         return {"exact_match": (self.quality(prompts, responses) == 1).float().mean().item()}
 
 
-PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a longer row is alone
+PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a row has at most 2,048
 TILE = 64  # tokens whose scores of position are computed at a time, on the CPU
 compiled_flex = cache(lambda: torch.compile(flex_attention, dynamic=False))  # at its first use, as it takes seconds
 
@@ -767,7 +767,8 @@ class PairRMNet(torch.nn.Module):
         self.head_layer = torch.nn.Sequential(
             dropout, torch.nn.Linear(2 * size, size), torch.nn.Tanh(), dropout, torch.nn.Linear(size, config.n_tasks)
         )
-        assert config.share_att_key and len(config.pos_att_type) == 2, "its attention is not DeBERTa-v3's"
+        plain = config.share_att_key and not config.position_biased_input and self.pretrained_model.encoder.conv is None
+        assert plain and len(config.pos_att_type) == 2, "its attention is not DeBERTa-v3's"
 
     def forward(self, ids, lengths, at):
         """ids (N,), lengths: packed rows; at (B, 3): where source and candidates begin -> pair logits (B,), float32."""
@@ -905,11 +906,12 @@ class LLMJudge:
         self.url, self.model, self.cache = url, model, cache
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
         require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
-        require(importlib.util.find_spec("openai"), "llm: it needs the package openai; pip install openai")
-        from openai import DefaultHttpxClient, OpenAI
-
-        http = DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
-        self.client = OpenAI(api_key=self.key, base_url=url, http_client=http, timeout=300, max_retries=9)
+        try:
+            openai = importlib.import_module("openai")
+            http = openai.DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
+            self.client = openai.OpenAI(api_key=self.key, base_url=url, http_client=http, timeout=300, max_retries=9)
+        except Exception as error:  # it is not installed, or the address of a proxy is wrong
+            raise UserError(f"llm: it needs the package openai ({error}); pip install openai") from error
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.touch()
         self.known = {}  # hash of a request -> its points
@@ -1321,14 +1323,14 @@ class Chat:
         ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
         begun = self.opened if self.opened and self.thoughts[self.opened] in answer else ""
         text = self.without_thought(begun + answer)
-        return {"text": text, "ids": array("i", ids[:max_tokens]), "finished": len(ids) <= max_tokens}
+        return {"text": text, "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
 
     def sampled(self, ids):
         """A response from the ids of a sample."""
         marks = "".join([*self.thoughts, *self.thoughts.values()])  # which may be made of control tokens
         text = self.tokenizer.decode([i for i in ids if self.control.get(i, "") in marks])
         text = self.without_thought(self.opened + text)
-        return {"text": text, "ids": array("i", ids), "finished": ids[-1] in self.stops}
+        return {"text": text, "ids": ids, "finished": ids[-1] in self.stops}
 
     def without_thought(self, text):
         """The part of an answer that a judge reads: what follows the thought, or nothing if the thought never ends."""
@@ -1361,6 +1363,12 @@ def max_length(config):
     return min(filter(None, lengths), default=10**9)
 
 
+def with_arrays(row):
+    """`row` with its token ids in arrays, of 4 bytes each; a list of ints takes 36."""
+    ids = "ids", "prompt_ids", "refined_ids"
+    return {name: array("i", value) if name in ids else value for name, value in row.items()}
+
+
 def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None, keep_all=False):
     """`rows` with the ids of their prompt as "prompt_ids", and with each text of `answers` as a response.
 
@@ -1376,8 +1384,8 @@ def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), cha
             ids = chat.prompt_ids(prompt)
             if not 0 < len(ids) <= longest:
                 raise Refused(f"over --max_prompt_tokens {longest}")
-            ys = {name: chat.response(prompt, row[name], args.max_new_tokens) for name in answers}
-            kept.append({**row, "refined_ids" if change else "prompt_ids": array("i", ids), **ys})
+            ys = {name: with_arrays(chat.response(prompt, row[name], args.max_new_tokens)) for name in answers}
+            kept.append(with_arrays({**row, "refined_ids" if change else "prompt_ids": ids, **ys}))
         except Refused as reason:
             refused[str(reason)] += 1
             kept += [row] * keep_all
@@ -1393,7 +1401,8 @@ def sample_responses(policy, tokenizer, rows, k, seed, args):
     with progress(total=k * len(rows), desc="sampling", unit="response") as bar:
         settings |= {"slots": args.slots, "seed": seed, "on_done": bar.update}
         sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, **settings)
-    return [{**row, "responses": [chat.sampled(y) for y in ys]} for row, ys in zip(rows, sampled, strict=True)]
+    answers = ([with_arrays(chat.sampled(y)) for y in ys] for ys in sampled)
+    return [{**row, "responses": ys} for row, ys in zip(rows, answers, strict=True)]
 
 
 # 6. Models and checkpoints --------------------------------------------------------------------------------------------
@@ -1677,16 +1686,11 @@ def write_json(path, value):
 
 
 def as_json(value):
-    return json.dumps(value, default=list)  # array -> list
+    return json.dumps(value, default=array.tolist)
 
 
 def write_jsonl(path, rows):
     write(path, (as_json(row) + "\n" for row in rows))
-
-
-def with_arrays(row):
-    """A row from a file with its token ids in arrays, of 4 bytes each; a list of ints takes 36."""
-    return {name: array("i", value) if name.endswith("ids") else value for name, value in row.items()}
 
 
 def read_jsonl(path):
@@ -1851,7 +1855,7 @@ def start_run(args, main):
     config, path = load_config(args.model)
     theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
     check_fingerprint(args, f"--model {args.model}", theirs)
-    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"]]
+    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"] and field.name != "recipe"]
     check_fingerprint(args, "a flag in its config.json", [getattr(args, name) for name in fixed])
     return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
 
@@ -1884,11 +1888,9 @@ def replaced_functions(main):
 
 def split_prompts(policy, tokenizer, args):
     """Encoded prompts of --prompts, with --gold's answers, and of --eval_prompts: (a part per iteration, held_out)."""
-    builtin = args.prompts == "digits"
-    prompts = digit_prompts(args.limit or 5632, args.seed) if builtin else None
-    prompts = prompts or load_rows("--prompts", args.prompts, read_prompt, args.limit)
-    rows = [{"prompt": prompt} for prompt in prompts]
-    rows = encode_rows(policy, tokenizer, rows, args)
+    file, n = args.prompts, args.limit
+    rows = digit_prompts(n or 5632, args.seed) if file == "digits" else load_rows("--prompts", file, read_prompt, n)
+    rows = encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in rows], args)
     if getattr(args, "gold", ""):  # of dno.py
         rows = add_gold(policy, tokenizer, rows, args)
     return split_rows(policy, tokenizer, rows, args)
@@ -2015,7 +2017,7 @@ def finish_run(run, history):
 
 def tracker(args, run):
     """Return log(kind, values, samples=()), which sends numbers and [prompt, response] samples to --track."""
-    if RANK or not args.track:
+    if RANK or not args.track or args.dry_run:
         return lambda *_: None
     installed = importlib.util.find_spec(args.track)
     require(installed, f"--track {args.track}: it is not installed; pip install {args.track}")
@@ -2053,8 +2055,8 @@ def count_parameters(name, config):
 
 
 def choose_recipe(name, recipes):
-    """The recipe of a model: its own if it has one, else by its number of parameters, which short names end with."""
-    if name in recipes or name == "tiny":
+    """The recipe of a model: its own if it has one, else by its number of parameters, which a short name may give."""
+    if name in MODELS and (name in recipes or name == "tiny"):
         return name if name in recipes else "digits"
     size = re.search(r"([\d.]+)([mb])\b", name if name in MODELS else "")
     n = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]] if size else count_parameters(name, load_config(name)[0])
@@ -2096,29 +2098,39 @@ def check_fit(args):
 
 
 def estimate_hours(policy, judge, parts, held_out, args):
-    """Print the number of steps, and how many hours a bit of each kind of work lets expect.
+    """Print how many steps and hours the run takes at one pair a prompt and half of --max_new_tokens a response.
 
-    Responses are taken to have half of --max_new_tokens. Given pairs (sr_dpo.py's) are neither sampled nor judged.
+    It times a few decoded tokens, one micro-batch and the judging of one prompt. Prefill, reference log-probs and the
+    judging of evaluations are not counted. Given pairs (sr_dpo.py's) are sampled only to evaluate.
     """
     row, n, k = random.Random(0).choice(parts[0]), args.max_new_tokens // 2 + 1, getattr(args, "k", 2)
     responses = [{"text": f"{i}" + " word" * n, "ids": [0] * n} for i in range(k)]
     prompts, pairs = [row["prompt_ids"]] * max(1, args.slots // k), [{**row, "responses": responses[:2]}] * 16 * RANKS
     batch = micro_batches(policy, pairs, args.micro_tokens)[0]
-    sample = partial(generate, policy, prompts, k=k, max_new_tokens=8, eos_ids=[], slots=args.slots)
-    rows, evaluated, hours = sum(map(len, parts)), len(held_out) * (len(parts) + 1), {}
-    new = 0 if "responses" in row else rows
-    for name, size, call in (
-        ("sampling", (new + evaluated / k) / len(prompts) * n / 8, sample),
-        ("training", rows * args.epochs / len(batch), lambda: pair_logps(policy, batch).sum().backward()),
-        ("judging", new, lambda: judge and preferences(judge, [{**row, "responses": responses}])),
-    ):
-        call()  # the first call compiles kernels
+
+    def seconds(call, *given):
         began = time.time()
-        call()
-        hours[name] = (time.time() - began) * size / 3600 / RANKS
+        call(*given)
+        return time.time() - began
+
+    def sample(new):
+        generate(policy, prompts, k=k, max_new_tokens=new, eos_ids=[], slots=args.slots)
+
+    def train():
+        pair_logps(policy, batch).sum().backward()
+        policy.get_output_embeddings().weight.grad.sum().item()  # waits for the device
+
+    sample(8), train()  # a first call compiles kernels
+    rows, new = sum(map(len, parts)), 0 if "responses" in row else sum(map(len, parts))
+    step = max(0, seconds(sample, 24) - seconds(sample, 8)) / 16  # of decoding, for all prompts at once
+    hours = {"sampling": step * n * (new + len(held_out) * (len(parts) + 1) / k) / len(prompts)}
+    hours["training"] = seconds(train) * rows * args.epochs / len(batch)
+    if judge and new:  # load_judge has asked it once
+        hours["judging"] = new * seconds(preferences, judge, [{**row, "responses": responses}])
+    words = ", ".join(f"{name} {x / 3600 / RANKS:.2g}" for name, x in hours.items())
     steps = sum(args.epochs * -(-len(part) // args.batch_size) for part in parts)
-    words = ", ".join(f"{name} {x:.2g}" for name, x in hours.items())
-    print(f"{steps:,} steps; about {sum(hours.values()):.2g} hours with {n} tokens a response: {words}")
+    total = sum(hours.values()) / 3600 / RANKS
+    print(f"about {steps:,} steps and {total:.2g} hours with {n} tokens a response: {words}")
 
 
 def flag(default, help, low=0, high=1e9, free=False):
@@ -2153,7 +2165,7 @@ def parse_flags(main, args_class, recipes, description, argv):
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=Help)
     parser.error = fail  # argparse's own prints the whole usage first
     add_flags(parser, args_class)
-    # A first look at --model and --resume, which decide the defaults; --help waits for these.
+    # A first look at --model, --recipe and --resume, which decide the defaults; --help waits for these.
     words = [word for word in argv if word not in ("-h", "--help")]
     preview, unknown = parser.parse_known_args(words, argparse.Namespace(resume=None))
     for word in unknown[:1]:
@@ -2167,7 +2179,7 @@ def parse_flags(main, args_class, recipes, description, argv):
         own, theirs = (", ".join(names) or "none" for names in (replaced_functions(main), saved.get("replaced", [])))
         other = f"it began with {theirs} replaced, now {own}; resume it with python {saved.get('program')}"
         require(own == theirs, f"--resume {preview.resume}: {other}")
-        argv = [f"--{name}={saved[name]}" for name in vars(preview) if name in saved] + argv
+        argv = [f"--{name}={saved[name]}" for name in vars(preview) if name in saved and name != "dry_run"] + argv
     own = saved.get("recipe", preview.recipe)
     recipe = choose_recipe(preview.model, recipes) if own == "auto" else own
     require(recipe in recipes, f"--recipe {recipe}: give auto, {', '.join(recipes)}")
@@ -2241,6 +2253,7 @@ def cli(main, args_class, recipes, description, argv=None):
         finally:
             if run.resolve() in LOCKS and not args.resume and not list(run.glob("iter_*")):
                 shutil.rmtree(run, ignore_errors=True)  # a failed start must not block the corrected command
+                os.close(LOCKS.pop(run.resolve()))
         if RANKS > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt as error:

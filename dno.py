@@ -148,7 +148,7 @@ PAPER = {  # are the defaults. In later iterations the paper lowers its rate, it
     "checkpointing": True,
     "learning_rate": 5e-7,
 }
-# Tried at 135 M, two iterations: wins 0.78 with answers that praise themselves (tests/README.md). Not tried at 0.5 B.
+# Tried at 135 M without a teacher (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "top_p": 0.9, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"digits": {}, "small": SMALL, "paper": PAPER}

@@ -142,8 +142,8 @@ PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, itera
     "schedule_epochs": 18,
     "batch_size": 64,
 }
-# What worked at 135 M; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts at 0, so that the
-# first steps are up to ten times the rate: hence the long warm-up.
+# What worked at 135 M on another task; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts
+# at 0, so that the first steps are up to ten times the rate: hence the long warm-up.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "micro_tokens": 2048}
 SMALL |= {"learning_rate": 1e-5, "warmup_ratio": 0.2, "batch_size": 8}
 SMALL = {**PAPER, **SMALL, "schedule_epochs": 0, "checkpointing": False}

@@ -126,7 +126,7 @@ PAPER = {  # arXiv 2405.21040; the batch is the default; lam is chosen among 0.1
 }
 HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is supervised on its chosen answers first
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
-# Tried at 135 M on few pairs: Sr-DPO raises accuracy as much as DPO does (tests/README.md). Not tried at 0.5 B.
+# Tried at 135 M on few pairs (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 160, "max_new_tokens": 64, "checkpointing": False, "micro_tokens": 2048}
 SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
 RECIPES = {"digits": {}, "small": SMALL, "paper": ULTRA, "pythia-2.8b": HH}

@@ -27,7 +27,7 @@ def main(run, t):
     engine = LLM(model=str(common.load_config(model)[1]), dtype="bfloat16", seed=1000 * args.seed + t)
     lengths = {"max_tokens": args.max_new_tokens, "stop_token_ids": chat.stops}
     settings = SamplingParams(n=args.k, temperature=args.temperature, top_p=args.top_p, **lengths)
-    found = engine.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
+    found = engine.generate([{"prompt_token_ids": list(row["prompt_ids"])} for row in rows], settings)
     answers = [[chat.sampled(list(y.token_ids)) for y in one.outputs] for one in found]
     rows = [{**row, "responses": ys} for row, ys in zip(rows, answers, strict=True)]
     common.write_jsonl(Path(run) / f"iter_{t}" / "responses.jsonl", rows)

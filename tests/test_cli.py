@@ -168,14 +168,15 @@ def test_a_flag_wins_over_the_recipe_which_the_number_of_parameters_decides(work
     """1.1 M, 135 M and 1.2 G parameters of a Llama in folders; of short names the number that they end with."""
     seen = []
     monkeypatch.setattr(common, "check_fit", lambda args: seen.append(args) or 1 / 0)
-    sizes = {"digits": (128, 2, 4000), "small": (576, 30, 49152), "paper": (2048, 16, 128_000)}
-    for name, (hidden, layers, vocab) in sizes.items():
+    recipes = {"paper": "digits", "small-one": "small", "large": "paper"}  # a folder's name decides nothing
+    sizes = (128, 2, 4000), (576, 30, 49152), (2048, 16, 128_000)
+    for name, (hidden, layers, vocab) in zip(recipes, sizes, strict=True):
         heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
         config = LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocab, **heads)
         config.update({"intermediate_size": hidden * 8 // 3, "tie_word_embeddings": True})
         config.save_pretrained(name)
     short = {"tiny": "digits", "smollm2-135m": "small", "qwen2.5-0.5b": "small", "zephyr-7b-sft": "paper"}
-    for model, recipe in [*zip(sizes, sizes, strict=True), *short.items(), ("mistral-7b", "paper")]:
+    for model, recipe in [*recipes.items(), *short.items(), ("mistral-7b", "paper")]:
         with pytest.raises(ZeroDivisionError):
             cli(sppo, "--model", model, "--eta", "7")
         args, wanted = seen.pop(), {**vars(sppo.Args()), **sppo.RECIPES[recipe], "eta": 7.0, "recipe": recipe}
@@ -186,7 +187,7 @@ def test_a_flag_wins_over_the_recipe_which_the_number_of_parameters_decides(work
         cli(sr_dpo, "--model", "pythia-2.8b", "--recipe", "auto")
     assert seen.pop().pairs == "Anthropic/hh-rlhf:train"
     with pytest.raises(ZeroDivisionError):
-        cli(sppo, "--model", "paper", "--recipe", "small")
+        cli(sppo, "--model", "large", "--recipe", "small")
     assert seen.pop().learning_rate == sppo.SMALL["learning_rate"]
 
 
@@ -220,7 +221,8 @@ def test_dry_run_loads_everything_says_what_it_takes_and_leaves_nothing(workdir,
     steps = 21
     cli(script, "--limit=40", "--n_eval=8", "--batch_size=5", "--epochs=3", "--dry_run", *ONCE[script is sr_dpo :])
     said = capsys.readouterr().out
-    assert "GB to sample" in said and f"\n{steps} steps; about " in said and "hours with 9 tokens a response" in said
+    assert "GB to sample" in said and f"\nabout {steps} steps and " in said and "hours with 9 tokens a response" in said
+    assert float(re.search(r"training (\S+)", said.split("hours with")[1])[1].rstrip(",")) > 0
     assert not list((workdir / "runs").glob("*"))
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import unicodedata
+from array import array
 from types import SimpleNamespace
 
 import datasets
@@ -310,7 +311,8 @@ def test_a_teachers_answers_come_to_their_prompts(tmp_path, tiny, capsys):
     args = SimpleNamespace(gold=path, max_new_tokens=3, max_prompt_tokens=9)
     kept = common.add_gold(policy, tokenizer, rows, args)
     assert [(row["n"], row["gold"]["text"]) for row in kept] == [(0, "13"), (1, "2 5")]
-    assert kept[0]["gold"] == {"text": "13", "ids": [*tokenizer("13").input_ids, 1], "finished": True, "teacher": True}
+    ids = array("i", [*tokenizer("13").input_ids, 1])
+    assert kept[0]["gold"] == {"text": "13", "ids": ids, "finished": True, "teacher": True}
     assert len(kept[1]["gold"]["ids"]) == 3 and not kept[1]["gold"]["finished"]  # cut, without EOS
     said = capsys.readouterr().out
     assert "2 of 5 skipped: unanswered" in said and "--gold: 1 of 3 skipped: with </s> in the text" in said

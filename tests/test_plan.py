@@ -69,14 +69,17 @@ def test_slots_are_as_many_as_memory_holds(seven_b, monkeypatch):
 
 
 def test_checkpointing_recomputes_and_changes_nothing():
-    gradients = []
+    gradients, calls = [], []
     for on in (False, True):
         policy = llama()
+        for layer in policy.model.layers:
+            layer.input_layernorm.register_forward_hook(lambda *_, on=on: calls.append(on))
         if on:
             common.use_checkpointing(policy)
         common.response_logps(policy, PROMPTS, RESPONSES).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert torch.equal(*gradients)
+    assert calls.count(True) == 2 * calls.count(False) > 0  # forward once more for backward
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "mamba", "rwkv", "t5"])

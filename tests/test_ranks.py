@@ -118,6 +118,7 @@ def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
 
         def generate(self, prompts, settings):
             ids = [prompt["prompt_token_ids"] for prompt in prompts]
+            assert {type(x) for x in ids} == {list}  # which vLLM wants
             more = {"k": settings.n, "max_new_tokens": settings.max_tokens, "eos_ids": settings.stop_token_ids}
             rows = common.generate(self.policy, ids, seed=self.seed, **more)
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(y)) for y in row]) for row in rows]

@@ -164,14 +164,14 @@ def test_a_kill_during_evaluation_costs_no_training(workdir, monkeypatch):
 
 def test_a_torn_last_line_is_made_again(workdir, capsys):
     path, items, asked = workdir / "responses.jsonl", [{"prompt": i} for i in range(10)], []
-    rows = [{**item, "responses": [{"text": "1", "ids": [4], "finished": True}] * 2} for item in items]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + '{"i"')
+    rows = [{**item, "responses": [{"text": "1", "ids": array("i", [4]), "finished": True}] * 2} for item in items]
+    path.write_text("".join(common.as_json(row) + "\n" for row in rows[:2]) + '{"i"')
 
     def make(some):
         asked.append([item["prompt"] for item in some])
         return [rows[i] for i in asked[-1]]
 
-    assert common.read_or_make(path, items, make, 3) == rows == lines(path)
+    assert common.read_or_make(path, items, make, 3) == rows == common.read_jsonl(path)
     assert asked == [[2, 3, 4], [5, 6, 7], [8, 9]]
     assert common.read_or_make(path, items, None) == rows  # read back
     path.write_text('{"i": 0}\n{"i"\n{"i": 2}\n')
@@ -428,6 +428,8 @@ def test_token_ids_are_read_as_arrays_and_written_as_lists(workdir):
     assert first["prompt"] == row["prompt"] and second == {"ids": array("i", [4])}
     assert (first["prompt_ids"], first["responses"][0]["ids"]) == (array("i", [1, 2]), array("i", [3, 2**31 - 1]))
     assert torch.tensor(first["prompt_ids"]).tolist() == [1, 2]
+    common.write_jsonl(Path("x.jsonl"), [{"bids": 0.5, "request_ids": ["a"]}])  # of a judge, of an engine
+    assert common.read_jsonl(Path("x.jsonl")) == lines(Path("x.jsonl"))
     for ids in ([2**31], ["1"], [1.5], 7, "12"):
         common.write_jsonl(Path("x.jsonl"), [{"ids": ids}])
         with pytest.raises(common.UserError, match="damaged"):
