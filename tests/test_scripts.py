@@ -17,7 +17,7 @@ import sppo
 import sr_dpo
 
 SCRIPTS = {"sppo": sppo, "dno": dno, "sr_dpo": sr_dpo}
-NAMES = {"sppo": 22, "dno": 23, "sr_dpo": 22}  # at most so many from common
+NAMES = {"sppo": 23, "dno": 24, "sr_dpo": 23}  # at most so many from common
 
 # Flags that say otherwise in another script, as they are about pairs there, or of another method.
 OTHER_WORDS = {"judge", "limit", "n_eval", "max_prompt_tokens", "eta", "batch_size"}
