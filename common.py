@@ -6,9 +6,9 @@
     4. Judges                     368  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    386  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     189  load, check, save; the built-in `tiny`
-    7. Several GPUs, files        153  data parallel under torchrun; files that survive a kill
+    7. Several GPUs, files        154  data parallel under torchrun; files that survive a kill
     8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   439  runs/NAME; flags; "does it fit?"; errors in one line
+    9. Run folder, command line   440  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -1686,6 +1686,7 @@ def write_json(path, value):
 
 
 def as_json(value):
+    """A line of JSON, in which arrays are lists."""
     return json.dumps(value, default=array.tolist)
 
 
@@ -2047,6 +2048,7 @@ def read_config(folder):
 
 
 def count_parameters(name, config):
+    """The number of parameters of a model with this configuration. Raises UserError if it is no causal LM."""
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config).num_parameters()
