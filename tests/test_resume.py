@@ -399,6 +399,7 @@ def test_earlier_answers_to_other_prompts_are_refused(workdir, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_run_in_one_line_and_the_run_resumes(workdir, capsys, monkeypatch, number):
     start("sr_dpo", "whole")
+    capsys.readouterr()
     script, settings = JOBS["sr_dpo"]
     monkeypatch.setattr(common, "replaced_functions", lambda main: [])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
