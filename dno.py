@@ -289,7 +289,7 @@ def smooth_reference(pairs, args):
 
 
 def main(args):
-    """Run DNO. Returns the metrics of every iterate, the base model's first."""
+    """Run DNO. Returns the metrics of every iterate, the base model's first; None for a dry run."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
     judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None

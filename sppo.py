@@ -231,7 +231,7 @@ def make_pairs(rows, prefs, args):
 
 
 def main(args):
-    """Run SPPO. Returns the metrics of every iterate, the base model's first."""
+    """Run SPPO. Returns the metrics of every iterate, the base model's first; None for a dry run."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judge = load_judge(args)
     judges = judge, load_judge(args, "eval_judge") if args.eval_judge else None

@@ -269,7 +269,7 @@ def measure(policy, pairs, args):
 
 
 def main(args):
-    """Run Sr-DPO or Sr-IPO. Returns the metrics of every iterate, the base model's first."""
+    """Run Sr-DPO or Sr-IPO. Returns the metrics of every iterate, the base model's first; None for a dry run."""
     run, history, log = start_run(args, main)  # runs/NAME; the metrics of each finished iterate; --track's log
     judges = load_judge(args) if args.judge else None, load_judge(args, "eval_judge") if args.eval_judge else None
     newest = run / f"iter_{len(history) - 1}" / "policy" if len(history) > 1 else args.model
