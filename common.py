@@ -1,14 +1,14 @@
 """What sppo.py, dno.py and sr_dpo.py share. Each section depends only on those above it.
 
-    1. Log-probs                  221  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
-    2. Generation                 249  generate: K samples per prompt, from a KV cache whose rows are refilled
-    3. Optimiser                   89  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     368  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
-    5. Data and chat templates    386  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     189  load, check, save; the built-in `tiny`
-    7. Several GPUs, files        154  data parallel under torchrun; files that survive a kill
-    8. Evaluation                  80  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
-    9. Run folder, command line   440  runs/NAME; flags; "does it fit?"; errors in one line
+    1. Log-probs                  229  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
+    2. Generation                 246  generate: K samples per prompt, from a KV cache whose rows are refilled
+    3. Optimiser                   82  SplitMaster: RMSprop for bf16 weights with an exact float32 master
+    4. Judges                     332  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
+    5. Data and chat templates    356  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    6. Models and checkpoints     173  load, check, save; the built-in `tiny`
+    7. Files                       62  written whole or not at all; rows that are made once, also across a kill
+    8. Evaluation                  68  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
+    9. Run folder, command line   366  runs/NAME; flags; "does it fit?"; errors in one line
 
 Shapes: B prompts, K samples of each, T tokens, V vocabulary, D hidden, N response tokens, S slots of the generator.
 Log-probs are sums over the tokens of a response, EOS included, in nats and float32. A prompt is a list of chat
@@ -23,11 +23,11 @@ import fcntl
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import inspect
+import itertools
 import json
+import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -39,22 +39,15 @@ import time
 import typing
 from array import array
 from collections import Counter
-from datetime import timedelta
-from functools import cache, partial
-from itertools import permutations
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-import __main__
 
 try:  # comes with torch's CUDA builds
     import triton
@@ -63,9 +56,7 @@ try:  # comes with torch's CUDA builds
 except ImportError:
     triton, constexpr = None, int
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which of this machine's GPUs
-progress = partial(tqdm, leave=False, disable=True if RANK else None)  # None: show it only in a terminal
+progress = partial(tqdm, leave=False, disable=None)  # None: show it only in a terminal
 
 
 class LazyTransformers:
@@ -239,21 +230,19 @@ def pair_logps(policy, pairs, prompt_ids="prompt_ids"):
     return response_logps(policy, prompts, responses).view(len(pairs), -1)
 
 
-def padded_tokens(pair):
-    """The padded size of a pair in tokens, with the longer of sr_dpo.py's two prompts in front of each response."""
-    longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
-    return longest * len(pair["responses"])
-
-
 def micro_batches(policy, pairs, max_tokens):
-    """Split this rank's share of the pairs, the shortest first, into micro-batches that fit into memory.
-
-    A micro-batch holds at most `max_tokens` padded tokens and SLOPE_BYTES of slopes, or else a single pair.
+    """Split the pairs, the shortest first, into micro-batches of at most `max_tokens` padded tokens and SLOPE_BYTES of
+    slopes, or of a single pair.
     """
+
+    def padded_tokens(pair):  # with the longer of sr_dpo.py's two prompts in front of each response
+        longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
+        return longest * len(pair["responses"])
+
     weight = policy.get_output_embeddings().weight
     most = SLOPE_BYTES[weight.device.type] // (weight.dtype.itemsize * len(weight))  # response tokens
     batches, answered = [], 0
-    for pair in sorted(pairs, key=padded_tokens)[RANK::RANKS]:
+    for pair in sorted(pairs, key=padded_tokens):
         ids = [i for y in pair["responses"] for i in y["ids"]]
         require(0 <= min(ids) <= max(ids) < len(weight), "a response has ids that are not in the model's vocabulary")
         if not batches or (len(batches[-1]) + 1) * padded_tokens(pair) > max_tokens or answered + len(ids) > most:
@@ -262,6 +251,16 @@ def micro_batches(policy, pairs, max_tokens):
         batches[-1].append(pair)
         answered += len(ids)
     return batches
+
+
+@torch.no_grad()
+def add_logps(policy, pairs, name, max_tokens, prompt_ids="prompt_ids"):
+    """The pairs, each with the log-probs of its responses under `policy` as `name`, a list of floats in nats."""
+    pairs = [{**pair} for pair in pairs]
+    for batch in progress(micro_batches(policy, pairs, max_tokens), desc=name):
+        for pair, logps in zip(batch, pair_logps(policy, batch, prompt_ids).tolist(), strict=True):
+            pair[name] = logps
+    return pairs
 
 
 jit = triton.jit if triton else lambda kernel: kernel
@@ -339,10 +338,7 @@ def uniforms(seed, prompt, index, n):
 
 
 def slot_layer(like, pos, capacity):
-    """A cache layer whose rows are sequences of their own, each written at its own pos (S,).
-
-    Its keys and values are (S, kv heads, capacity, D), else like those of the layer `like`.
-    """
+    """A cache layer like `like`, (S, kv heads, capacity, D), whose rows are sequences, each written at its pos (S,)."""
     layer = transformers.cache_utils.DynamicLayer()
     layer.keys = keys = like.keys.new_zeros(len(pos), like.keys.shape[1], capacity, like.keys.shape[3])
     layer.values = values = torch.zeros_like(keys)
@@ -401,7 +397,7 @@ def slot_bytes(config, length, size):
 
 
 def free_memory(device):
-    """Free bytes on the GPU, or this process's share of the RAM that is available and that its cgroup may use."""
+    """Free bytes on the GPU, or of the RAM that is available and that this process's cgroup may use."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
@@ -409,7 +405,7 @@ def free_memory(device):
     for file, unit in (("/proc/meminfo", 1024), (f"{cgroup}.max", 1), (f"{cgroup}/memory.limit_in_bytes", 1)):
         with contextlib.suppress(OSError, TypeError):  # no such file, or no number in it
             free = min(free, unit * int(re.search(r"(?:MemAvailable: *|^)(\d+)", Path(file).read_text())[1]))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free
 
 
 def capture(step, device):
@@ -636,19 +632,12 @@ class SplitMaster(torch.optim.Optimizer):
             weight[:], remainder[:] = split_master(master.addcdiv_(grad, v.sqrt_().add_(eps), value=-lr))
 
 
-def master_remainders(policy):
-    """{name: the low half of the float32 master} of the bf16 parameters; {} for a float32 policy."""
-    return {name: p.master_remainder for name, p in policy.named_parameters() if hasattr(p, "master_remainder")}
-
-
-def make_optimizer(policy, lr, warmup_ratio, steps):
-    """RMSprop (alpha 0.99, eps 1e-8) and its schedule, linear warmup and decay to 0: (optimizer, scheduler).
-
-    bf16 weights get SplitMaster, float32 weights torch's RMSprop, which computes the same.
-    """
-    kind = SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop
+def make_optimizer(policy, lr, warmup_steps, steps):
+    """RMSprop and its schedule, linear warmup (below 1: a share of `steps`) and decay to 0: (optimizer, scheduler)."""
+    kind = SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop  # which compute the same
     optimizer = kind(policy.parameters(), lr, alpha=0.99, eps=1e-8)
-    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(warmup_ratio * steps), steps)
+    warmup = int(warmup_steps if warmup_steps >= 1 else warmup_steps * steps)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
 
 
 # 4. Judges ------------------------------------------------------------------------------------------------------------
@@ -701,8 +690,8 @@ class DigitsJudge:
 
 
 PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a row has at most 2,048
-TILE = 64  # tokens whose scores of position are computed at a time, on the CPU
-compiled_flex = cache(lambda: torch.compile(flex_attention, dynamic=False))  # at its first use, as it takes seconds
+PAIRRM_HEADS = {"cpu": 1, "cuda": 16}  # heads attended to at a time; a CPU's cache has room for the scores of one
+TILE = 64  # tokens whose scores of position are computed at a time
 
 
 def folder_or_hub_id(name):
@@ -713,14 +702,18 @@ def folder_or_hub_id(name):
 
 
 def position_scores(write, scores, x, at):
-    """Write (copy_ or add_) x[i] . at[T - 1 - i + j] to scores (T, T), without a gather. x (T, d), at (2 T - 1, d)."""
-    for a in range(0, T := len(x), TILE):
+    """Write (copy_ or add_) x[i] . at[T - 1 - i + j] of each head to scores (H, T, T), without a gather.
+
+    x (H, T, d), at (H, 2 T - 1, d): in rows of products, those of one i - j lie on a diagonal.
+    """
+    for a in range(0, T := x.shape[1], TILE):
         m = min(TILE, T - a)
-        products = x[a : a + m] @ at[T - m - a : 2 * T - 1 - a].T  # (m, T + m - 1)
-        write(scores[a : a + m], products.as_strided((m, T), (T + m - 2, 1), m - 1))  # of row r: m - 1 - r and on
+        products = x[:, a : a + m] @ at[:, T - m - a : 2 * T - 1 - a].mT  # (H, m, T + m - 1)
+        shifted = products.as_strided((len(x), m, T), (m * (T + m - 1), T + m - 2, 1), m - 1)  # row r from m - 1 - r on
+        write(scores[:, a : a + m], shifted)
 
 
-def disentangled_torch(query, key, value, query_at, key_at, slots, lengths):
+def disentangled_attention(query, key, value, query_at, key_at, slots, lengths):
     """DeBERTa's disentangled attention (He et al. 2021, arXiv 2006.03654, eq. 4) in rows of these lengths, packed.
 
     query, key, value (heads, N, d): one row after the other, no padding; query_at, key_at (heads, S, d): the projected
@@ -728,33 +721,16 @@ def disentangled_torch(query, key, value, query_at, key_at, slots, lengths):
 
     score[i, j] = query[i] . key[j] + query[i] . key_at[s] + query_at[s] . key[j],  s = slots[clamp(i - j) + reach]
     """
-    out, reach = torch.empty_like(value), len(slots) // 2
-    for h in range(len(value)):
-        for q, k, v, mean in zip(*(x[h].split(lengths) for x in (query, key, value, out)), strict=True):  # (T, d)
-            s = slots[torch.arange(1 - len(q), len(q)).clamp(-reach, reach) + reach]  # of all i - j
-            scores = q.new_empty(len(q), len(q))
-            position_scores(torch.Tensor.copy_, scores.T, k, query_at[h, s])
-            position_scores(torch.Tensor.add_, scores, q, key_at[h, s.flip(0)])  # along a row, i - j falls
-            mean[:] = torch.softmax(scores.addmm_(q, k.T), -1, out=scores) @ v
+    out, reach, step = torch.empty_like(value), len(slots) // 2, PAIRRM_HEADS[value.device.type]
+    for some in (slice(h, h + step) for h in range(0, len(value), step)):
+        rows = zip(*(x[some].split(lengths, 1) for x in (query, key, value, out)), strict=True)
+        for (q, k, v, mean), T in zip(rows, lengths, strict=True):  # (H, T, d)
+            s = slots[torch.arange(1 - T, T).clamp(-reach, reach) + reach]  # of all i - j
+            scores = q.new_empty(len(q), T, T)
+            position_scores(torch.Tensor.copy_, scores.mT, k, query_at[some, s])
+            position_scores(torch.Tensor.add_, scores, q, key_at[some, s.flip(0)])  # along a row, i - j falls
+            mean[:] = torch.softmax(scores.baddbmm_(q, k.mT), -1, out=scores) @ v
     return out
-
-
-def same_row(lengths, device):
-    """flex_attention's mask for rows of these lengths, packed: it skips blocks of which no two tokens share a row."""
-    row = torch.repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
-    return create_block_mask(lambda b, h, i, j: row[i] == row[j], None, None, len(row), len(row), device)
-
-
-def disentangled_flex(query, key, value, query_at, key_at, slots, mask):
-    """disentangled_torch by flex_attention, on a GPU in one kernel. mask: same_row(lengths, device)."""
-    to_position, from_position = query @ key_at.mT, key @ query_at.mT  # (heads, N, S)
-    reach, attend = len(slots) // 2, compiled_flex() if query.is_cuda else flex_attention
-
-    def add_positions(score, b, h, i, j):
-        slot = slots[(i - j).clamp(-reach, reach) + reach]
-        return score + to_position[h, i, slot] + from_position[h, j, slot]
-
-    return attend(query[None], key[None], value[None], add_positions, mask, scale=1.0)[0]
 
 
 class PairRMNet(torch.nn.Module):
@@ -772,8 +748,7 @@ class PairRMNet(torch.nn.Module):
 
     def forward(self, ids, lengths, at):
         """ids (N,), lengths: packed rows; at (B, 3): where source and candidates begin -> pair logits (B,), float32."""
-        model, encoder, cuda = self.pretrained_model, self.pretrained_model.encoder, ids.is_cuda
-        attend, rows = (disentangled_flex, same_row(lengths, ids.device)) if cuda else (disentangled_torch, lengths)
+        model, encoder = self.pretrained_model, self.pretrained_model.encoder
         hidden, positions = model.embeddings(ids[None])[0], encoder.get_rel_embedding()  # (N, D), (S, D)
         reach, span = encoder.max_relative_positions, len(positions) // 2
         slots = encoder.get_rel_pos(hidden.new_empty(1, 2 * reach + 1, 1))[0, :, reach].clamp(-span, span - 1) + span
@@ -783,8 +758,8 @@ class PairRMNet(torch.nn.Module):
             query, key, value = (x.unflatten(1, (own.num_attention_heads, -1)).transpose(0, 1) for x in projected)
             query = query / (3 * own.attention_head_size) ** 0.5  # each score is a sum of three products
             (query, query_at), (key, key_at) = (x.split([len(hidden), len(positions)], 1) for x in (query, key))
-            attended = attend(query, key, value, query_at, key_at, slots, rows).transpose(0, 1).flatten(1)
-            hidden = layer.attention.output(attended, hidden)
+            attended = disentangled_attention(query, key, value, query_at, key_at, slots, lengths)
+            hidden = layer.attention.output(attended.transpose(0, 1).flatten(1), hidden)
             hidden = layer.output(layer.intermediate(hidden), hidden)
         source, first, second = hidden[at].float().unbind(1)
         with torch.autocast(ids.device.type, enabled=False):  # the head in float32
@@ -818,44 +793,39 @@ class PairRM:
         require(not missing, f"{name}: incomplete PairRM, it lacks {', '.join(missing[:3])}")
         self.net.eval().to(self.device)
 
-    def encode(self, texts):
-        """Token ids of each text, without those of control tokens that it spells."""
-        control = set(self.tokenizer.added_tokens_decoder) - {self.tokenizer.unk_token_id}
-        return [[i for i in y if i not in control] for y in self.tokenizer(texts, add_special_tokens=False).input_ids]
-
     @torch.no_grad()
     def pair_logits(self, prompts, responses):
-        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 where they are equal.
+        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; M[b, i, i] = 0.
 
         A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
         1,224 tokens and of each y 412 and half of what x leaves over. Raises ValueError unless all prompts have equally
         many responses.
         """
-        cls, sep, cuda = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.device.type == "cuda"
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if len(ks := {len(texts) for texts in responses}) != 1:
             raise ValueError(f"PairRM wants equally many responses to each prompt, got {sorted(ks)}")
-        (k,), parts, size, same = ks, [], 0, []  # parts: of rows, each with where it begins and its place in M
+        (k,), parts, size = ks, [], 0  # parts: of rows, each with where it begins and its place in M
+        control = set(self.tokenizer.added_tokens_decoder) - {self.tokenizer.unk_token_id}  # which a text may spell
         for b, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
-            source, *ys = self.encode([plain_text(prompt), *texts])
+            encoded = self.tokenizer([plain_text(prompt), *texts], add_special_tokens=False).input_ids
+            source, *ys = ([i for i in ids if i not in control] for ids in encoded)
             source = [cls, self.marks[0], *source[: 1224 - 3], sep]
             ys = [y[: 412 + (1224 - len(source)) // 2 - 3] for y in ys]
-            same.append([ys.index(y) for y in ys])  # equal responses are judged once, as the first of them
-            for i, j in permutations(sorted(set(same[b])), 2):
+            for i, j in itertools.permutations(range(k), 2):
                 first, second = [cls, self.marks[1], *ys[i], sep], [cls, self.marks[2], *ys[j], sep]
                 row, at = source + first + second, [1, len(source) + 1, len(source) + len(first) + 1]
                 if not parts or size + len(row) > PAIRRM_TOKENS[self.device.type]:
                     parts, size = [*parts, []], 0
                 parts[-1].append((row, [size + place for place in at], (b, i, j)))
                 size += len(row)
-        logits = torch.zeros(len(same), k, k)
+        logits = torch.zeros(len(prompts), k, k)
         # float16, as in llm-blender: in bf16 P is off by up to 0.008. Entered once, as it casts the weights.
-        with torch.autocast(self.device.type, torch.float16, enabled=cuda):
+        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             for part in parts:
                 rows, at, places = zip(*part, strict=True)
-                rows += ([sep],) * cuda * (PAIRRM_TOKENS["cuda"] - sum(map(len, rows)))  # compiled_flex has one size
                 ids, at = (torch.tensor(x, device=self.device) for x in ([i for row in rows for i in row], at))
                 logits[tuple(zip(*places, strict=True))] = self.net(ids, [len(row) for row in rows], at).cpu()
-        return torch.stack([M[some][:, some] for M, some in zip(logits, same, strict=True)])
+        return logits
 
     def __call__(self, prompts, responses):
         logits = self.pair_logits(prompts, responses)
@@ -896,14 +866,15 @@ class LLMJudge:
     """A chat model behind any OpenAI-compatible server, which reads K responses side by side and gives each 0 to 6.
 
     `points` (B, K) are NaN for a prompt without a verdict. Responses are shown in a random order, seeded by their
-    texts. Verdicts are cached in a file by the hash of the request. No message shows the key, OPENAI_API_KEY.
+    texts. The same request is made once. No message shows the key, OPENAI_API_KEY.
     """
 
-    def __init__(self, url, model, cache=Path("runs/.cache/judge.jsonl")):
+    def __init__(self, url, model):
         given = model and re.fullmatch(r"https?://([^\s/:@]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?", url)
         require(given, "llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         print(f"judge: {model} at {url}")  # --resume has the address from a file
-        self.url, self.model, self.cache = url, model, cache
+        self.url, self.model, self.settings, self.why = url, model, {"temperature": 0}, ""  # why: the last failure
+        self.known = {}  # a request -> its points
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
         require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
         try:
@@ -912,28 +883,17 @@ class LLMJudge:
             self.client = openai.OpenAI(api_key=self.key, base_url=url, http_client=http, timeout=300, max_retries=9)
         except Exception as error:  # it is not installed, or the address of a proxy is wrong
             raise UserError(f"llm: it needs the package openai ({error}); pip install openai") from error
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.touch()
-        self.known = {}  # hash of a request -> its points
-        for line in cache.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # of a damaged line
-                row = json.loads(line)
-                self.known[row["key"]] = [range(7).index(x) for x in row["points"]]
-        self.why, self.asked, self.failed = "", 0, 0  # the last failure; prompts
-        self.settings = {"temperature": 0}
 
     def points(self, prompts, responses):
         """prompts: B lists of messages; responses: B lists of K texts -> points (B, K)."""
-        with ThreadPool(max(1, 16 // RANKS)) as pool:  # neither Ctrl-C nor a fault waits for its threads
-            graded = pool.imap_unordered(lambda b: (b, self.grade(prompts[b], responses[b])), range(len(prompts)))
-            rows = torch.tensor([row for _, row in sorted(graded)], dtype=torch.float32)
+        with ThreadPool(16) as pool:  # neither Ctrl-C nor a fault waits for its threads
+            rows = torch.tensor([*pool.imap(lambda given: self.grade(*given), zip(prompts, responses, strict=True))])
         failed = int(rows.isnan().any(1).sum())
-        self.asked, self.failed = self.asked + len(rows), self.failed + failed
-        usable = 2 * self.failed < self.asked or (self.asked < 20 and failed < len(rows))
-        require(usable, f"--judge llm: no verdict on {self.failed} of {self.asked} prompts, the last: {self.why}")
+        said = f"--judge llm: no verdict on {failed} of {len(rows)} prompts, the last: {self.why}"
+        require(2 * failed <= len(rows) or (len(rows) < 20 and failed < len(rows)), said)
         if failed:
-            print(f"--judge llm: no verdict on {failed} of {len(rows)} prompts, the last: {self.why}")
-        return rows
+            print(said)
+        return rows.float()
 
     def __call__(self, prompts, responses):
         points = self.points(prompts, responses)
@@ -948,35 +908,28 @@ class LLMJudge:
         keys = ", ".join(f'"id{n}_justification": a short sentence, "id{n}_score": 0 to 6' for n in range(len(order)))
         question = f"{RUBRIC}\n\n<request {mark}>\n{plain_text(prompt)}\n</request {mark}>\n\n{shown}\n\n"
         question += f"Reply with one JSON dictionary and nothing else: {{{keys}}}"
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}]}
-        key = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-        if len(self.known.get(key, ())) != len(texts):
-            found = self.ask(body, len(texts))
-            if not found:
-                return [float("nan")] * len(texts)
-            self.known[key] = found
-            with open(self.cache, "ab") as file:  # one short write, whole even when threads or runs share the file
-                file.write(b"\n" + json.dumps({"key": key, "points": found}).encode())  # the line above may be torn
-        return [self.known[key][order.index(i)] for i in range(len(texts))]
+        key = hashlib.sha256(question.encode()).digest()
+        found = self.known.get(key) or self.ask(question, len(texts))
+        if not found:
+            return [math.nan] * len(texts)
+        self.known[key] = found
+        return [float(found[order.index(i)]) for i in range(len(texts))]
 
-    def ask(self, body, n):
+    def ask(self, question, n):
         """The points of id0 to id(n-1), None without a verdict. Raises UserError for a fault of the set-up."""
-        settings, text = self.settings, ""
+        settings, messages, reply = self.settings, [{"role": "user", "content": question}], ""
         try:
-            text = self.client.chat.completions.with_raw_response.create(**body, **settings).text
-            reply, question = json.loads(text), body["messages"][0]["content"].removeprefix(RUBRIC)
-            choice, words = reply["choices"][0], len(re.findall(r"\s\w", question))
-            end, read = choice.get("finish_reason"), (reply.get("usage") or {}).get("prompt_tokens") or words
+            reply = self.client.chat.completions.create(model=self.model, messages=messages, **settings)
+            choice, words = reply.choices[0], len(re.findall(r"\s\w", question))
+            end, read = choice.finish_reason, reply.usage.prompt_tokens if reply.usage else words
             if end in ("length", "error") or 2 * read < words:  # a token has at most one start of a word
                 raise ValueError(f"cut off: finish_reason {end}, {read} tokens read of {words} words")
-            content = choice["message"]["content"]
-            parts = content if isinstance(content, list) else [{"text": content}]  # a part of thinking has no text
-            return read_points("".join(part.get("text") or "" for part in parts), n)
+            return read_points(choice.message.content, n)
         except Exception as error:  # of the connection, the server or its reply
-            status, said = getattr(error, "status_code", 0), str(getattr(error, "body", None) or text)
+            status, said = getattr(error, "status_code", 0), str(getattr(error, "body", None) or reply)
             if status in (400, 422) and "temperature" in said and settings:
                 self.settings = {}  # the server's own
-                return self.ask(body, n)
+                return self.ask(question, n)
             self.why = f"{self.url}: {error.__cause__ or error!r}: {said}".replace(self.key, "***")[:400]
             fault = status in (*range(300, 400), 401, 402, 404, 405) or (status == 429 and "insufficient_quota" in said)
             require(not fault, f"--judge llm: check --judge_url, --judge_model and OPENAI_API_KEY: {self.why}")
@@ -1031,29 +984,26 @@ IGNORED = re.compile(  # fields that change neither a prompt nor an answer
 )
 
 
-def load_rows(flag, source, read, limit=0, keep_all=False):
+def load_rows(flag, source, read, limit=0):
     """read(row) for each row of a dataset, without repetitions, until there are `limit` (0: no limit).
 
-    Rows that cannot be used are skipped and counted by reason; with `keep_all` they become None, and repetitions stay.
-    Raises UserError if dataset_rows does, or if no row can be used.
+    Rows that cannot be used are skipped and counted by reason. Raises UserError if no row can be used.
     """
-    items, refused, number = {}, Counter(), 0
-    for number, row in enumerate(dataset_rows(flag, source), 1):
+    items, refused = {}, Counter()
+    for row in dataset_rows(flag, source):
         try:
             row = {name: value for name, value in unpack(row).items() if value is not None}
             key = json.dumps(item := read(row), ensure_ascii=False).encode()  # fails for half of a surrogate pair
-            refused["repeated"] += key in items and not keep_all
-            items[number if keep_all else key] = item
+            refused["repeated"] += key in items
+            items[key] = item
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             how = f"{type(error).__name__}: {', '.join(row)}" if isinstance(row, dict) else "no JSON object in UTF-8"
             refused[str(error) if isinstance(error, Refused) else f"of no known shape, {how}"] += 1
-            if keep_all:
-                items[number] = None
         if len(items) == limit > 0:
             break
-    print_refused(f"{flag} {source}", refused, number)
+    print_refused(f"{flag} {source}", refused, len(items) + refused.total())
     why = "; ".join([*+refused][:2]) or "it is empty"
-    require(any(items.values()), f"{flag} {source}: none of its rows can be used ({why}); wanted {SHAPES}")
+    require(items, f"{flag} {source}: none of its rows can be used ({why}); wanted {SHAPES}")
     return [*items.values()]
 
 
@@ -1092,7 +1042,6 @@ def dataset_rows(flag, source):
 def file_rows(path):
     """The rows of a .jsonl, .json or .parquet file, plain or .gz: text stays text, a line that is no JSON is bytes."""
     kind = Path(path.removesuffix(".gz")).suffix
-    require(not is_pointer(path), f"{path} is a Git LFS pointer: run git lfs pull")
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         if kind == ".parquet":
             for batch in importlib.import_module("pyarrow.parquet").ParquetFile(file).iter_batches():
@@ -1110,12 +1059,6 @@ def unpack(value):
         return json.loads(value)
     except (TypeError, ValueError, RecursionError):  # bytes may be no UTF-8
         return value
-
-
-def is_pointer(path):
-    """Whether a file was not fetched: a pointer of Git LFS stands in its place."""
-    with open(path, "rb") as file:
-        return file.read(23) == b"version https://git-lfs"
 
 
 def print_refused(flag, refused, n):
@@ -1169,17 +1112,6 @@ def read_gold(row):
     return {"prompt": prompt, "gold": gold}
 
 
-def read_pair(row):
-    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score."""
-    prompt = read_prompt(row)
-    pair = {"prompt": prompt, **{name: read_answer(row[name], prompt) for name in ("chosen", "rejected")}}
-    if not pair["chosen"].strip() or not pair["rejected"].strip() or pair["chosen"] == pair["rejected"]:
-        raise Refused("with an empty answer, or two equal ones")
-    if "score_chosen" in row and "score_rejected" in row:
-        pair["gap"] = row["score_chosen"] - row["score_rejected"]
-    return pair
-
-
 def as_messages(value):
     """Text, HH-RLHF's "\n\nHuman: ...\n\nAssistant: ...", or messages, one or a list, also as JSON text -> messages."""
     turns = unpack(value)
@@ -1213,7 +1145,6 @@ def digit_prompts(n, seed):
 MARKS = USER, ANSWER, OTHER = "Zq1qZ", "Zq2qZ", "Zq3qZ"  # a conversation on which a chat template is tried
 PLAIN = "{% for m in messages %}{{ '\n\n' if not loop.first and m.role != 'assistant' }}{{ m.content }}"
 PLAIN += "{{ eos_token if loop.last and m.role == 'assistant' }}{% endfor %}"
-# The marks around thoughts, beside those that a tokenizer's response_template names.
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>", "<thought>": "</thought>"}
 THOUGHTS |= {"<|channel>thought": "<channel|>", "<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
 THOUGHTS |= {"<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷"}
@@ -1256,11 +1187,8 @@ class Chat:
             policy.generation_config.eos_token_id = self.stops = sorted([*self.stops, end])
         between = prompt.split(USER)[1]
         special = {i: t.content for i, t in added.items() if t.special or i in self.stops}
-        fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
-        marks = [(x.get("open"), x.get("close")) for name, x in fields.items() if re.search("think|reason", name)]
-        self.thoughts = THOUGHTS | {x.strip(): y.strip() for x, y in marks if isinstance(x, str) and isinstance(y, str)}
-        self.opened = next((mark for mark in self.thoughts if between.rstrip().endswith(mark)), "")  # by the prompt
-        harmless = {*self.thoughts, *self.thoughts.values(), tokenizer.unk_token}
+        self.opened = next((mark for mark in THOUGHTS if between.rstrip().endswith(mark)), "")  # by the prompt
+        harmless = {*THOUGHTS, *THOUGHTS.values(), tokenizer.unk_token}
         self.control = {i: text for i, text in special.items() if text not in harmless}
         self.header = between.removeprefix(special.get(end, "")).strip()  # like [/INST]
 
@@ -1321,25 +1249,25 @@ class Chat:
             raise Refused("with an answer that the chat template does not write unchanged after its prompt")
         ids = ids[len(start) :]
         ids = ids[: next(n for n, i in enumerate(ids, 1) if i in self.stops)]
-        begun = self.opened if self.opened and self.thoughts[self.opened] in answer else ""
+        begun = self.opened if self.opened and THOUGHTS[self.opened] in answer else ""
         text = self.without_thought(begun + answer)
         return {"text": text, "ids": ids[:max_tokens], "finished": len(ids) <= max_tokens}
 
     def sampled(self, ids):
         """A response from the ids of a sample."""
-        marks = "".join([*self.thoughts, *self.thoughts.values()])  # which may be made of control tokens
+        marks = "".join([*THOUGHTS, *THOUGHTS.values()])  # which may be made of control tokens
         text = self.tokenizer.decode([i for i in ids if self.control.get(i, "") in marks])
         text = self.without_thought(self.opened + text)
         return {"text": text, "ids": ids, "finished": ids[-1] in self.stops}
 
     def without_thought(self, text):
         """The part of an answer that a judge reads: what follows the thought, or nothing if the thought never ends."""
-        marks = (close for mark, close in self.thoughts.items() if text.lstrip().startswith((mark, close)))
+        marks = (close for mark, close in THOUGHTS.items() if text.lstrip().startswith((mark, close)))
         return text.partition(close)[2].lstrip() if (close := next(marks, "")) else text
 
 
 def check_chat(policy, tokenizer, name):
-    """Print what the chat template lacks and which thoughts are known. Raises UserError for a wrong tokenizer class."""
+    """Print which thoughts are not judged. Raises UserError for a wrong tokenizer class."""
     chat, text = Chat(policy, tokenizer), "How are you?\n\nFine (thanks), it's 12,345.\n\n    return 'a'; Où est-ce?"
     optional = {"_raise_exceptions_for_missing_entries": False}
     if file := transformers.utils.cached_file(tokenizer.name_or_path, "tokenizer.json", **optional):
@@ -1347,10 +1275,9 @@ def check_chat(policy, tokenizer, name):
         remedy = 'write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
         wrong = f"{type(tokenizer).__name__} does not tokenize text as its tokenizer.json does"
         require(chat.tokens(text) == right, f"--model {name}: {wrong}; {remedy}")
-    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-    known = [x for x in chat.thoughts if x not in THOUGHTS or x in tokenizer.chat_template or x.startswith(added)]
-    if known:
-        print(f"thoughts, from {' or '.join(known)} to {' or '.join(map(chat.thoughts.get, known))}, are not judged")
+    for mark, end in THOUGHTS.items():
+        if mark in tokenizer.chat_template or mark.startswith((*tokenizer.get_added_vocab(),)):
+            print(f"thoughts, from {mark} to {end}, are not judged")
 
 
 def max_length(config):
@@ -1369,26 +1296,22 @@ def with_arrays(row):
     return {name: array("i", value) if name in ids else value for name, value in row.items()}
 
 
-def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None, keep_all=False):
+def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), change=None):
     """`rows` with the ids of their prompt as "prompt_ids", and with each text of `answers` as a response.
 
-    change: of the prompt, whose ids become "refined_ids". Rows that cannot be used are skipped and counted. With
-    `keep_all` they stay without ids, and a prompt may be as long as the model's positions allow.
+    change: of the prompt, whose ids become "refined_ids". Rows that cannot be used are skipped and counted.
     """
-    chat, kept, refused, longest = Chat(policy, tokenizer), [], Counter(), args.max_prompt_tokens
-    if keep_all:
-        longest = max(longest, max_length(policy.config) - args.max_new_tokens)
+    chat, kept, refused = Chat(policy, tokenizer), [], Counter()
     for row in rows:
         try:
             prompt = change(row["prompt"]) if change else row["prompt"]
             ids = chat.prompt_ids(prompt)
-            if not 0 < len(ids) <= longest:
-                raise Refused(f"over --max_prompt_tokens {longest}")
+            if not 0 < len(ids) <= args.max_prompt_tokens:
+                raise Refused(f"over --max_prompt_tokens {args.max_prompt_tokens}")
             ys = {name: with_arrays(chat.response(prompt, row[name], args.max_new_tokens)) for name in answers}
             kept.append(with_arrays({**row, "refined_ids" if change else "prompt_ids": ids, **ys}))
         except Refused as reason:
             refused[str(reason)] += 1
-            kept += [row] * keep_all
     print_refused(flag, refused, len(rows))
     require(kept, f"{flag}: none is left: all are {' or '.join(refused)}")
     return kept
@@ -1423,8 +1346,6 @@ def load_config(name):
     path = MODELS.get(name, name)
     adapter = (Path(path) / "adapter_config.json").exists()
     require(not adapter, f"--model {name}: it is an adapter, as of LoRA; merge it into its base model first")
-    for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("tokenizer*.*")]:
-        require(not is_pointer(file), f"--model {name}: {file} is a Git LFS pointer: run git lfs pull")
     try:
         return transformers.AutoConfig.from_pretrained(folder_or_hub_id(str(path)), trust_remote_code=False), path
     except Exception as error:
@@ -1468,15 +1389,12 @@ def load_policy(name, device="cpu", checkpointing=False):
 
 
 def weights_mark(folder):
-    """A hash of the names, the sizes and 64 KiB of every tensor in the .safetensors files of a folder."""
+    """A hash of the .safetensors files of a folder."""
     mark = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            mark.update(header)
-            for begin, end in re.findall(rb'"data_offsets": *\[(\d+), *(\d+)\]', header):
-                file.seek(8 + len(header) + max(int(begin), (int(begin) + int(end)) // 2 - 2**15))
-                mark.update(file.read(2**16))  # around its middle
+            for block in iter(partial(file.read, 2**24), b""):
+                mark.update(block)
     return mark.hexdigest()
 
 
@@ -1531,25 +1449,14 @@ def check_architecture(policy, name):
 
 def save_policy(policy, tokenizer, folder):
     """Write weights, remainders of the master if there are any, and tokenizer: the whole folder or nothing."""
-    if RANK:
-        return
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # what a kill left
     policy.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if master_remainders(policy):
-        save_file(master_remainders(policy), part / "master.remainders", {"weights": weights_mark(part)})
-    # For tools with transformers 4, which reads other fields: without rope_theta it would compute with 10,000.
-    config = json.loads((part / "config.json").read_text())
-    if "rope_theta" in (rope := config.get("rope_parameters") or {}):  # the same in all layers
-        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer.is_fast:
-        text = (part / "tokenizer_config.json").read_text("utf-8")
-        text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
-        text = re.sub('"tokenizer_class": ".*"', '"tokenizer_class": "PreTrainedTokenizerFast"', text)
-        (part / "tokenizer_config.json").write_text(text, "utf-8")
+    remainders = {n: p.master_remainder for n, p in policy.named_parameters() if hasattr(p, "master_remainder")}
+    if remainders:  # of a bf16 policy
+        save_file(remainders, part / "master.remainders", {"weights": weights_mark(part)})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
@@ -1577,7 +1484,7 @@ class Checkpoint:
 
     def save(self, steps, now=False):
         """Write the file if the last one is at least `minutes` old, or if `now`."""
-        if RANK or (not now and time.monotonic() - self.saved < 60 * self.minutes):
+        if not now and time.monotonic() - self.saved < 60 * self.minutes:
             return
         state = {"steps": steps, **{name: part.state_dict() for name, part in self.parts.items()}}
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -1594,100 +1501,17 @@ def use_checkpointing(policy):
             layer.forward = partial(again, preserve_rng_state=False)  # there is no dropout
 
 
-# 7. Several GPUs, files -----------------------------------------------------------------------------------------------
-def join_ranks():
-    """Connect the processes (ranks) that torchrun started. With one GPU, skip this section: it does nothing.
-
-    Each rank has the whole policy and processes every RANKS-th row. All ranks must call the functions of this section
-    in the same order. They share a file system; rank 0 alone writes files and prints.
-    """
-    if RANKS > 1:
-        backend = "gloo"  # for Python objects also beside a GPU: NCCL's waits spin and time out
-        if torch.cuda.device_count() > LOCAL_RANK:
-            torch.cuda.set_device(LOCAL_RANK)
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-
-
-def from_rank0(make):
-    """Call make() on rank 0 alone. All ranks return its value, or raise its exception."""
-    result = [None, None]  # the value, the exception
-    if not RANK:
-        try:
-            result[0] = make()
-        except Exception as error:  # without it, the other ranks would wait
-            result[1] = error
-    if RANKS > 1:
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise result[1]
-    return result[0]
-
-
-def gather_rows(own):
-    """Reassemble, on every rank, a list of which each rank has the items [RANK::RANKS]."""
-    parts = [own] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(parts, own)
-    return [parts[i % RANKS][i // RANKS] for i in range(sum(map(len, parts)))]
-
-
-def split_over_ranks(make, rows):
-    """make(rows), one result per row, on all ranks: each rank makes its share."""
-    return gather_rows(make(rows[RANK::RANKS]) if rows[RANK:] else [])
-
-
-def sum_over_ranks(policy, *columns):
-    """Sum the gradients over all ranks, and concatenate each column, a list of tensors with a row per pair."""
-    if RANKS == 1:
-        return [torch.cat(column) for column in columns]
-    for p in policy.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # None on a rank without a pair
-    grads = [p.grad for p in policy.parameters()]
-    small = [grad for grad in grads if grad.numel() < 2**20]
-    flat = parameters_to_vector(small)  # the small ones travel as one tensor
-    for grad in (flat, *(grad for grad in grads if grad.numel() >= 2**20)):
-        dist.all_reduce(grad)
-    vector_to_parameters(flat, small)
-    return [torch.tensor(gather_rows([row for part in column for row in part.tolist()])) for column in columns]
-
-
-@torch.no_grad()
-def add_logps(policy, pairs, name, max_tokens, prompt_ids="prompt_ids"):
-    """The pairs, each with the log-probs of its responses under `policy` as `name`, a list of floats in nats."""
-    numbered, found = [{**pair, "number": n} for n, pair in enumerate(pairs)], []
-    for batch in progress(micro_batches(policy, numbered, max_tokens), desc=name):
-        logps = pair_logps(policy, batch, prompt_ids).tolist()
-        found += [(pair["number"], row) for pair, row in zip(batch, logps, strict=True)]
-    found = dict(gather_rows(found))
-    return [{**pair, name: found[n]} for n, pair in enumerate(pairs)]
-
-
-def check_ranks(policy):
-    """Raise UserError unless all ranks have the same policy. Compares the sum of the bits of each tensor."""
-    tensors = [*policy.parameters(), *master_remainders(policy).values()] if RANKS > 1 else []
-    sums = gather_rows([[x.detach().view(torch.int16).sum(dtype=torch.int64).item() for x in tensors]])
-    require(sums == sums[:1] * RANKS, "the ranks' policies have diverged; --resume on GPUs of one kind")
+# 7. Files -------------------------------------------------------------------------------------------------------------
+as_json = partial(json.dumps, default=array.tolist)  # a line of JSON, in which arrays are lists
 
 
 def write(path, lines):
     """Write a text file atomically."""
-    if RANK:
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         file.writelines(lines)
     os.replace(part, path)
-
-
-def write_json(path, value):
-    write(path, [json.dumps(value, indent=2) + "\n"])
-
-
-def as_json(value):
-    """A line of JSON, in which arrays are lists."""
-    return json.dumps(value, default=array.tolist)
 
 
 def write_jsonl(path, rows):
@@ -1696,22 +1520,11 @@ def write_jsonl(path, rows):
 
 def read_jsonl(path):
     """The rows of a .jsonl file, [] if there is none. A last line without its end, as a kill leaves it, is dropped."""
-
-    def read():
-        with open(path, encoding="utf-8", newline="\n") as file:
-            return [json.loads(line, object_hook=with_arrays) for line in file if line.endswith("\n")]
-
     try:
-        return from_rank0(lambda: read() if path.exists() else [])
+        with open(path if path.exists() else os.devnull, encoding="utf-8", newline="\n") as file:
+            return [json.loads(line, object_hook=with_arrays) for line in file if line.endswith("\n")]
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({error}); restore it, or begin a new run") from error
-
-
-def belongs(row, item, first):
-    """True if a row of responses.jsonl, from any engine, matches `item` and has as many responses as `first`."""
-    ys = row["responses"]
-    whole = all(isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in ys)
-    return whole and len(ys) == len(first["responses"]) > 1 and item.items() <= row.items()
 
 
 def digest(value):
@@ -1725,25 +1538,27 @@ def read_or_make(path, items, make, chunk=1024):
     So a killed run resumes after its last chunk. Rows of responses.jsonl may come from another engine. Rows of other
     files are stored with the digest of the answers that they judge, and made anew if these have changed.
     """
-    stored, chunk, marks = read_jsonl(path), chunk * RANKS, None
+    stored, marks = read_jsonl(path), None
     try:
         if path.name == "responses.jsonl":
-            fits = all(belongs(row, item, stored[0]) for row, item in zip(stored, items, strict=False))
-            require(fits and len(stored) <= len(items), "")
+            for row, item in zip(stored, items[: len(stored)], strict=True):
+                ys, k = row["responses"], len(stored[0]["responses"])
+                whole = all(isinstance(y["text"], str) and y["ids"] and y["finished"] in (True, False) for y in ys)
+                require(whole and len(ys) == k > 1 and item.items() <= row.items(), "")
         else:
             marks = [digest([x["prompt"], [[y["text"], y["finished"]] for y in x["responses"]]]) for x in items]
             same = [row["judged"] == mark for row, mark in zip(stored, marks, strict=False)]
             stored = stored[: [*same, False].index(False)]
-    except (AttributeError, KeyError, TypeError, UserError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: its rows are not this run's; remove it, then --resume") from error
     rows = [row["row"] for row in stored] if marks else stored
     if len(rows) < len(items):
         write_jsonl(path, stored)  # without a torn last line, or rows on other answers
     for i in progress(range(len(rows), len(items), chunk), desc=path.stem):
-        new = split_over_ranks(make, items[i : i + chunk])
+        new = make(items[i : i + chunk])
         rows += new
         stored = [{"judged": mark, "row": row} for mark, row in zip(marks[i:], new, strict=False)] if marks else new
-        with open(os.devnull if RANK else path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.writelines(as_json(row) + "\n" for row in stored)
     return rows
 
@@ -1753,23 +1568,18 @@ def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     """Metrics of iterate t: its answers to the held-out prompts, judged against those of all earlier iterates.
 
     judges: those of --judge and --eval_judge, each may be None; metrics of the latter have the prefix "eval_judge_".
-    The answers go to iter_T/answers.jsonl and, in the format of the alpaca_eval package, to iter_T/outputs.json. With
-    --eval_prompts, outputs.json has the answers to these instead, in their order.
+    The answers go to iter_T/answers.jsonl and, in the format of the alpaca_eval package, to iter_T/outputs.json.
     """
     folder = run / f"iter_{t}"
     earlier = [read_jsonl(run / f"iter_{i}" / "answers.jsonl") for i in range(t)]
-    asked = [row["prompt"] for row in held_out if "benchmark" not in row]
     for i, before in enumerate(earlier):
-        same = [row.get("prompt") for row in before] == asked
+        same = [row.get("prompt") for row in before] == [row["prompt"] for row in held_out]
         require(same, f"{run}/iter_{i}/answers.jsonl: its prompts are not this run's; restore it, or start a new run")
-    respond = partial(sample_responses, policy, tokenizer, k=1, seed=f"{args.seed} evaluate {t}", args=args)
-    answered = iter(split_over_ranks(respond, [row for row in held_out if "prompt_ids" in row]))
-    # A row of --eval_prompts that cannot be answered keeps its place, with an empty answer.
-    rows = [next(answered) if "prompt_ids" in row else {**row, "responses": [{"text": ""}]} for row in held_out]
-    published = [row for row in rows if "benchmark" in row] or rows
-    texts = [(plain_text(row["prompt"]), row["responses"][0]["text"]) for row in published]
-    write_json(folder / "outputs.json", [{"instruction": x, "output": y, "generator": run.name} for x, y in texts])
-    rows = add_logps(policy, [row for row in rows if "benchmark" not in row], "logps", args.micro_tokens)
+    rows = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args)
+    texts = [(plain_text(row["prompt"]), row["responses"][0]["text"]) for row in rows]
+    outputs = [{"instruction": x, "output": y, "generator": run.name} for x, y in texts]
+    write(folder / "outputs.json", json.dumps(outputs, indent=2))
+    rows = add_logps(policy, rows, "logps", args.micro_tokens)
     write_jsonl(folder / "answers.jsonl", rows)
 
     prompts, ys, metrics = [row["prompt"] for row in rows], [row["responses"][0] for row in rows], {}
@@ -1795,19 +1605,12 @@ def win_metrics(judge, rows, earlier):
     """
     pairs = [pair for before in earlier for pair in zip(rows, before, strict=True)]
     duels = [{**new, "responses": new["responses"] + old["responses"]} for new, old in pairs]
-    wins = split_over_ranks(lambda some: truncated_lose(preferences(judge, some), some)[:, 0, 1].tolist(), duels)
-    wins = torch.tensor(wins, dtype=torch.float64).view(len(earlier), len(rows))
+    wins = truncated_lose(preferences(judge, duels), duels)[:, 0, 1].double().view(len(earlier), len(rows))
     lengths, others = (torch.tensor([len(row["responses"][0]["ids"]) for row in some]) for some in (rows, earlier[0]))
     equal, equal_se = equal_length_win_rate(wins[0], lengths, others)
     metrics = {"wins_vs_start": wins[0].mean().item(), "se": (wins[0].std() / len(rows) ** 0.5).item()}
     metrics |= {"wins_at_equal_length": equal, "equal_length_se": equal_se}
     return metrics | {"length_ratio": (lengths / others).mean().item(), "wins_vs_each": wins.mean(1).tolist()}
-
-
-def last_quarter(steps, *names):
-    """The means of these columns over the last quarter of the steps."""
-    late = steps[-max(1, len(steps) // 4) :]
-    return {name: sum(row[name] for row in late) / len(late) for name in names}
 
 
 def equal_length_win_rate(wins, lengths, other_lengths):
@@ -1829,6 +1632,9 @@ def equal_length_win_rate(wins, lengths, other_lengths):
 
 
 # 9. Run folder, command line ------------------------------------------------------------------------------------------
+LOCKS = {}  # run folder -> its open descriptor, for as long as this process works there; a kill closes it
+
+
 def run_folder(args):
     return Path(args.resume or f"runs/{args.name}")
 
@@ -1836,36 +1642,12 @@ def run_folder(args):
 def start_run(args, main):
     """Create the run's folder, or open that of --resume: (folder, history, log).
 
-    history: the metrics of each finished iterate, the base model's first. log: what `tracker` returns. config.json gets
-    the flags and what else decides the result: the versions, the git commit, and which functions were replaced.
+    history: each finished iterate's metrics; log: what `tracker` returns. config.json gets what decides the result.
     """
     run, file = run_folder(args), Path(main.__code__.co_filename)
     if not args.resume:
-        files = from_rank0(lambda: {x.name for x in run.glob("*")} - {"config.json.part"})  # of a killed start
+        files = {x.name for x in run.glob("*")} - {"config.json.part"}  # of a killed start
         require(args.name and not files, f"--name {args.name}: {run} exists; take another name, or --resume {run}")
-    from_rank0(lambda: lock(run))
-    if not args.resume:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
-        versions["python"], git = platform.python_version(), ["describe", "--always", "--dirty", "--abbrev=40"]
-        with contextlib.suppress(OSError):  # git is not installed
-            done = subprocess.run(["git", "-C", file.parent, *git], capture_output=True, text=True)
-            versions["commit"] = done.stdout.strip()
-        facts = {"script": file.stem, "program": Path(getattr(__main__, "__file__", "notebook")).name}
-        facts |= {"replaced": replaced_functions(main), "versions": versions}
-        write_json(run / "config.json", vars(args) | facts)
-    config, path = load_config(args.model)
-    theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
-    check_fingerprint(args, f"--model {args.model}", theirs)
-    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"] and field.name != "recipe"]
-    check_fingerprint(args, "a flag in its config.json", [getattr(args, name) for name in fixed])
-    return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
-
-
-LOCKS = {}  # run folder -> its open descriptor: a kill closes it, which frees the lock
-
-
-def lock(run):
-    """Create the run's folder if it is missing, and let no other process work in it until this one ends."""
     run.mkdir(parents=True, exist_ok=True)
     if run.resolve() not in LOCKS:
         folder = os.open(run, os.O_RDONLY)
@@ -1874,6 +1656,21 @@ def lock(run):
         except BlockingIOError as error:
             raise UserError(f"{run}: another process works on this run; wait for it, or end it") from error
         LOCKS[run.resolve()] = folder
+    if not args.resume:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")}
+        versions["python"], git = sys.version.split()[0], ["describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):  # git is not installed
+            done = subprocess.run(["git", "-C", file.parent, *git], capture_output=True, text=True)
+            versions["commit"] = done.stdout.strip()
+        facts = {"script": file.stem, "program": Path(getattr(sys.modules["__main__"], "__file__", "notebook")).name}
+        facts |= {"replaced": replaced_functions(main), "versions": versions}
+        write(run / "config.json", json.dumps(vars(args) | facts, indent=2))
+    config, path = load_config(args.model)
+    theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
+    check_fingerprint(args, f"--model {args.model}", theirs)
+    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata["free"] and field.name != "recipe"]
+    check_fingerprint(args, "a flag in its config.json", [getattr(args, name) for name in fixed])
+    return run, read_jsonl(run / "metrics.jsonl"), tracker(args, run)
 
 
 def replaced_functions(main):
@@ -1888,13 +1685,13 @@ def replaced_functions(main):
 
 
 def split_prompts(policy, tokenizer, args):
-    """Encoded prompts of --prompts, with --gold's answers, and of --eval_prompts: (a part per iteration, held_out)."""
+    """The encoded prompts of --prompts, with --gold's answers: (a part per iteration, held_out)."""
     file, n = args.prompts, args.limit
     rows = digit_prompts(n or 5632, args.seed) if file == "digits" else load_rows("--prompts", file, read_prompt, n)
     rows = encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in rows], args)
     if getattr(args, "gold", ""):  # of dno.py
         rows = add_gold(policy, tokenizer, rows, args)
-    return split_rows(policy, tokenizer, rows, args)
+    return split_rows(rows, args)
 
 
 def add_gold(policy, tokenizer, rows, args):
@@ -1911,47 +1708,34 @@ def add_gold(policy, tokenizer, rows, args):
     return [{**row, "gold": {**row["gold"], "teacher": True}} for row in found]
 
 
-def split_rows(policy, tokenizer, rows, args):
-    """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: (parts, held_out).
-
-    The prompts of --eval_prompts follow in held_out, marked "benchmark": they are answered in outputs.json and used
-    nowhere else. Training prompts that are the same as a held-out prompt are dropped.
-    """
-    extra = []
-    if args.eval_prompts:
-        prompts = load_rows("--eval_prompts", args.eval_prompts, read_prompt, keep_all=True)
-        extra = [{"prompt": prompt or [], "benchmark": True} for prompt in prompts]
-        extra = encode_rows(policy, tokenizer, extra, args, "--eval_prompts", keep_all=True)
-    check_fingerprint(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", [rows, extra])
+def split_rows(rows, args):
+    """Shuffle `rows`, hold out --n_eval (at most a quarter), cut the rest into --iterations parts: parts, held_out."""
+    check_fingerprint(args, "what " + ("--pairs" if hasattr(args, "pairs") else "--prompts") + " gives", rows)
 
     def same(row):  # two prompts are the same by their token ids, or by their text but for white space at its ends
-        return {str(row.get("prompt_ids")), str([(turn["role"], turn["content"].strip()) for turn in row["prompt"]])}
+        return {str(row["prompt_ids"]), str([(turn["role"], turn["content"].strip()) for turn in row["prompt"]])}
 
-    def without(rows, others):
-        taken = set().union(*map(same, others))
-        return [row for row in rows if not same(row) & taken]
-
-    rows = without(rows, extra)
     rows = random.Random(f"split {args.seed}").sample(rows, len(rows))
     held_out = rows[: min(args.n_eval, len(rows) // 4)]
-    rows = without(rows[len(held_out) :], held_out)
+    asked = set().union(*map(same, held_out))
+    rows = [row for row in rows[len(held_out) :] if not same(row) & asked]
     iterations = getattr(args, "iterations", 1)
     size = len(rows) // iterations
     few = f"{len(held_out) + len(rows)} prompts are too few for {iterations} iterations and evaluation; raise --limit"
     require(size and len(held_out) > 1, f"{few}, or give more in --prompts or --pairs")
     print(f"{iterations} x {size} prompts to train on, {len(held_out)} held out")
-    return [rows[i * size :][:size] for i in range(iterations)], held_out + extra
+    return [rows[i * size :][:size] for i in range(iterations)], held_out
 
 
 def check_fingerprint(args, what, value):
     """Check `value` against the hash stored in config.json under `what`; store it on first use."""
     folder = run_folder(args)
-    if from_rank0((folder / "config.json").exists):
+    if (folder / "config.json").exists():
         config = read_config(folder)
         mark = digest(value)
         known = config.setdefault("fingerprints", {}).setdefault(what, mark)
         require(known == mark, f"--resume {folder}: {what} has changed since the run began; start a new one")
-        write_json(folder / "config.json", config)
+        write(folder / "config.json", json.dumps(config, indent=2))
 
 
 def print_numbers(t, row):
@@ -1981,66 +1765,50 @@ def finish_iterate(run, history, log, metrics, policy=None, tokenizer=None, step
     if policy:
         write_jsonl(folder / "pairs.jsonl", pairs)
         write_jsonl(folder / "steps.jsonl", steps)
-        check_ranks(policy)
         save_policy(policy, tokenizer, folder / "policy")
     history.append({"iterate": t, "step": steps[-1]["step"] if steps else 0, **metrics})
     write_jsonl(run / "metrics.jsonl", history)
-    if RANK:
-        return
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print_numbers(t, metrics)
-    outputs = json.loads((folder / "outputs.json").read_text(encoding="utf-8"))[:10]
-    log("eval", history[-1], [[row["instruction"], row["output"]] for row in outputs])
+    log("eval", history[-1])
 
 
 def finish_run(run, history):
     """Point runs/NAME/final and outputs.json to the best iterate on held-out prompts, unless that is the base model."""
     remedy = "raise --k, --temperature or --max_new_tokens, or lower dno.py's --margin or --min_score"
     require(len(history) > 1, f"no training pairs: all responses tied or the margins were too small; {remedy}")
-    if RANK:
-        return
     final, best = run / "final", max(history[1:], key=lambda row: row.get("wins_vs_start", 1))  # 1: without a judge
     t, wins = best["iterate"], best.get("wins_vs_start", 1)
-    require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
-    if final.is_dir() and not final.is_symlink():  # as a copy of the run may have it
-        shutil.rmtree(final)
     final.unlink(missing_ok=True)
     if wins <= 0.5:
         print(f"no iterate beats the base model, the best wins {wins:.3g}: no {final}; lower --learning_rate")
         return
     final.symlink_to(f"iter_{t}/policy", target_is_directory=True)
     shutil.copy(run / f"iter_{t}/outputs.json", run)
-    first = {"wins_vs_start": 0.5, **history[0]}
-    names = [name for name in ("exact_match", "wins_vs_start") if name in best]
-    words = ", ".join(f"{name} {first[name]:.3g} -> {best[name]:.3g}" for name in names)
+    names = (name for name in ("exact_match", "wins_vs_start") if name in best)
+    words = ", ".join(f"{name} {history[0].get(name, 0.5):.3g} -> {best[name]:.3g}" for name in names)
     print(f"the best iterate is [{t}]: {words}\nIts policy: {final}")
 
 
 def tracker(args, run):
-    """Return log(kind, values, samples=()), which sends numbers and [prompt, response] samples to --track."""
-    if RANK or not args.track or args.dry_run:
+    """Return log(kind, values), which sends the numbers among `values` to --track."""
+    if not args.track or args.dry_run:
         return lambda *_: None
-    installed = importlib.util.find_spec(args.track)
-    require(installed, f"--track {args.track}: it is not installed; pip install {args.track}")
-    module = importlib.import_module(args.track)
     same = {"id": run.name} if args.track == "wandb" else {}  # trackio resumes by name
     try:
+        module = importlib.import_module(args.track)
         module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
-    except Exception as error:  # without a key, say
-        raise UserError(f"--track {args.track}: {error}") from error
-
-    def log(kind, values, samples=()):
-        numbers = {f"{kind}/{name}": x for name, x in values.items() if isinstance(x, (int, float))}
-        table = {"samples": module.Table(columns=["prompt", "response"], data=samples)} if samples else {}
-        module.log(numbers | table, step=values["step"])
-
-    return log
+    except Exception as error:  # it is not installed, or has no key
+        raise UserError(f"--track {args.track}: {error}; pip install {args.track}") from error
+    return lambda kind, row: module.log(
+        {f"{kind}/{name}": x for name, x in row.items() if isinstance(x, int | float)}, step=row["step"]
+    )
 
 
 def read_config(folder):
     """config.json of the run in `folder`: its script, flags and versions."""
     try:
-        config = json.loads(from_rank0(lambda: (Path(folder) / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         require({"script", "versions"} <= config.keys(), f"--resume {folder}: its config.json is not of a run")
         return config
     except (OSError, ValueError, AttributeError) as error:
@@ -2050,6 +1818,7 @@ def read_config(folder):
 def count_parameters(name, config):
     """The number of parameters of a model with this configuration. Raises UserError if it is no causal LM."""
     try:
+        slot_bytes(config, 1, 1)  # fails for a model without attention
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     except Exception as error:
@@ -2066,36 +1835,22 @@ def choose_recipe(name, recipes):
 
 
 def check_fit(args):
-    """Print an estimate of the memory and disk that the run needs; if they do not fit, name the flags that help.
-
-    The estimate assumes that backward keeps 16 D + 4 F numbers per token and layer (F: width of the MLP), as in Llama.
-    """
-    config, _ = load_config(args.model)
-    c, size = config.get_text_config(), 2 if args.device == "cuda" else 4
-    length, flags = args.max_prompt_tokens + args.max_new_tokens, "--max_prompt_tokens and --max_new_tokens"
-    n = count_parameters(args.model, config)
-    try:
-        width, layers, vocab, slot = c.hidden_size, c.num_hidden_layers, c.vocab_size, slot_bytes(config, length, size)
-        layer = size * (16 * width + 4 * getattr(c, "intermediate_size", 4 * width))
-    except Exception as error:
-        raise UserError(f"--model {args.model}: not supported: no plain decoder ({error})"[:400]) from error
-    positions = max_length(config)
+    """Print the least memory and the disk that the run needs; if they do not fit, name what helps."""
+    config, run = load_config(args.model)[0], run_folder(args)
+    n, size = count_parameters(args.model, config), 2 if args.device == "cuda" else 4
+    length, positions = args.max_prompt_tokens + args.max_new_tokens, max_length(config)
+    flags = "--max_prompt_tokens and --max_new_tokens"
     require(length <= positions, f"{flags} are {length}, --model {args.model} has {positions} positions: lower these")
-    kept = layers * width * size + layer if args.checkpointing else layers * layer  # a token's activations
-    tokens = max(args.micro_tokens, 2 * length)
-    slopes = max(min(tokens * vocab * size, SLOPE_BYTES[args.device]), 2 * args.max_new_tokens * vocab * size)
-    weights, run = 4 * n, run_folder(args)  # in bf16 with the other half of the master, or in float32
-    sampling, training = (weights + slot) / 1e9, (weights + 2 * size * n + tokens * kept + slopes) / 1e9
+    weights = 4 * n  # in bf16 with the other half of the master, or in float32
+    memory = weights + 2 * size * n  # with gradients and RMSprop's moment; activations come on top
     disk = getattr(args, "iterations", 1) * weights + 2 * (weights + size * n)  # two: a checkpoint, the next beside it
     disk -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())  # what --resume finds
     folder = next(folder for folder in (run, *run.parents) if folder.exists())
-    have, free, disk = free_memory(args.device) / 1e9, shutil.disk_usage(folder).free / 1e9, max(0, disk) / 1e9
-    memory = f"{sampling:.1f} GB to sample, {training:.1f} to train, {have:.1f} available"
-    print(f"{n:,} parameters: {memory}; {disk:.1f} of disk")
-    larger = "take a smaller --model or a larger GPU"
-    require(sampling < have, f"--model {args.model}: sampling needs {sampling:.0f} GB of {have:.0f}; {larger}")
-    remedy = f"lower --micro_tokens, give --checkpointing, or {larger}"
-    require(training < have, f"--model {args.model}: training needs {training:.0f} GB of {have:.0f}; {remedy}")
+    sizes = memory, free_memory(args.device), max(0, disk), shutil.disk_usage(folder).free
+    memory, have, disk, free = (size / 1e9 for size in sizes)
+    print(f"{n:,} parameters: at least {memory:.1f} GB to train, {have:.1f} available; {disk:.1f} of disk")
+    needs = f"training needs at least {memory:.0f} GB, {have:.0f} are free"
+    require(memory < have, f"--model {args.model}: {needs}; take a smaller --model or a larger GPU")
     require(disk < free, f"runs/ needs {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
 
 
@@ -2107,7 +1862,7 @@ def estimate_hours(policy, judge, parts, held_out, args):
     """
     row, n, k = random.Random(0).choice(parts[0]), args.max_new_tokens // 2 + 1, getattr(args, "k", 2)
     responses = [{"text": f"{i}" + " word" * n, "ids": [0] * n} for i in range(k)]
-    prompts, pairs = [row["prompt_ids"]] * max(1, args.slots // k), [{**row, "responses": responses[:2]}] * 16 * RANKS
+    prompts, pairs = [row["prompt_ids"]] * max(1, args.slots // k), [{**row, "responses": responses[:2]}] * 16
     batch = micro_batches(policy, pairs, args.micro_tokens)[0]
 
     def seconds(call, *given):
@@ -2127,11 +1882,9 @@ def estimate_hours(policy, judge, parts, held_out, args):
     step = max(0, seconds(sample, 24) - seconds(sample, 8)) / 16  # of decoding, for all prompts at once
     hours = {"sampling": step * n * (new + len(held_out) * (len(parts) + 1) / k) / len(prompts)}
     hours["training"] = seconds(train) * rows * args.epochs / len(batch)
-    if judge and new:  # load_judge has asked it once
-        hours["judging"] = new * seconds(preferences, judge, [{**row, "responses": responses}])
-    words = ", ".join(f"{name} {x / 3600 / RANKS:.2g}" for name, x in hours.items())
-    steps = sum(args.epochs * -(-len(part) // args.batch_size) for part in parts)
-    total = sum(hours.values()) / 3600 / RANKS
+    hours["judging"] = new * seconds(preferences, judge, [{**row, "responses": responses}]) if judge and new else 0
+    words = ", ".join(f"{name} {x / 3600:.2g}" for name, x in hours.items())
+    steps, total = sum(args.epochs * -(-len(part) // args.batch_size) for part in parts), sum(hours.values()) / 3600
     print(f"about {steps:,} steps and {total:.2g} hours with {n} tokens a response: {words}")
 
 
@@ -2142,8 +1895,13 @@ def flag(default, help, low=0, high=1e9, free=False):
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
 
 
-def add_flags(parser, args_class):
-    """Add a flag for each field of the dataclass."""
+def parse_flags(main, args_class, recipes, description, argv):
+    """Parse and check the flags. The defaults come from recipes[--recipe], or from the run to --resume."""
+    script = Path(main.__code__.co_filename).stem
+    # --help prints the script's docstring as it is written, and every flag with its default.
+    as_written = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=as_written)
+    parser.error = partial(require, False)  # argparse's own prints the whole usage first
     for field in dataclasses.fields(args_class):
         kind = {"type": field.type}
         if field.type is bool:  # --dry_run, or --dry_run True
@@ -2151,28 +1909,13 @@ def add_flags(parser, args_class):
         elif choices := typing.get_args(field.type):  # of a Literal
             kind = {"choices": choices}
         parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **kind)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Print the script's docstring as it is written, and every flag with its default."""
-
-
-def parse_flags(main, args_class, recipes, description, argv):
-    """Parse and check the flags. The defaults come from recipes[--recipe], or from the run to --resume."""
-    script = Path(main.__code__.co_filename).stem
-
-    def fail(message):
-        raise UserError(message)
-
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=Help)
-    parser.error = fail  # argparse's own prints the whole usage first
-    add_flags(parser, args_class)
     # A first look at --model, --recipe and --resume, which decide the defaults; --help waits for these.
     words = [word for word in argv if word not in ("-h", "--help")]
     preview, unknown = parser.parse_known_args(words, argparse.Namespace(resume=None))
     for word in unknown[:1]:
         near = difflib.get_close_matches(word.partition("=")[0], [f"--{name}" for name in vars(preview)], 1)
-        fail(f"unrecognized argument {word}; " + (f"did you mean {near[0]}?" if near else "--help lists them all"))
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        parser.error(f"unrecognized argument {word}; {hint}")
     saved = {}  # the flags of the run to resume
     if preview.resume is not None:
         saved = read_config(preview.resume)
@@ -2185,28 +1928,23 @@ def parse_flags(main, args_class, recipes, description, argv):
     own = saved.get("recipe", preview.recipe)
     recipe = choose_recipe(preview.model, recipes) if own == "auto" else own
     require(recipe in recipes, f"--recipe {recipe}: give auto, {', '.join(recipes)}")
-    names = "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
-    defaults = f"The defaults below are those of --recipe {recipe}."
-    parser.description = f"{description}\n\nshort names for --model:{names}\n\n{defaults}"
+    parser.description = f"{description}\n\nThe defaults below are those of --recipe {recipe}.\n\nnames for --model:"
+    parser.description += "".join(f"\n  {short:<14} {name}" for short, name in MODELS.items())
     parser.set_defaults(**recipes[recipe])
     flags = parser.parse_args(argv)
     flags.recipe = recipe if flags.recipe == "auto" and not saved else flags.recipe
-    try:
-        args = args_class(**vars(flags))
-    except ValueError as error:  # flags that do not go together
-        raise UserError(error) from error
+    args = args_class(**vars(flags))
     for field in dataclasses.fields(args):
         name, value, meta = field.name, getattr(args, field.name), field.metadata
         in_range = not isinstance(value, (int, float)) or meta["low"] <= value <= meta["high"]
         require(in_range, f"--{name} {value}: must be from {meta['low']:g} to {meta['high']:g}")
         unchanged = meta["free"] or saved.get(name, value) == value
         require(unchanged, f"--{name} {value}: {args.resume} was begun with {saved.get(name)}; leave the flag out")
-    has_device = args.device != "cuda" or torch.cuda.device_count() > LOCAL_RANK
-    require(has_device, f"--device cuda: {torch.cuda.device_count() or 'no'} CUDA GPU here; use --device cpu")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use --device cpu")
     valid_name = re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", args.name or "a", re.ASCII)
     require(valid_name, f"--name {args.name!r}: use at most 100 letters, digits and . _ + -")
     model = re.sub(r"[^\w.+]+", "-", Path(args.model).name, flags=re.ASCII)[:40]
-    args.name = args.name or from_rank0(lambda: f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    args.name = args.name or f"{script}-{model}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return args
 
 
@@ -2227,16 +1965,12 @@ def cli(main, args_class, recipes, description, argv=None):
     with contextlib.suppress(AttributeError):  # so that `| tee` shows a line when it is printed
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
-        join_ranks()
-        if RANK:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         args = parse_flags(main, args_class, recipes, description, sys.argv[1:] if argv is None else argv)
         run = run_folder(args)
         transformers.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
-        where = args.device + f", {RANKS} ranks" * (RANKS > 1)
-        print(f"{program} on {args.model}, judge {args.judge or 'none'}, seed {args.seed}, on {where}")
+        print(f"{program} on {args.model}, judge {args.judge or 'none'}, seed {args.seed}, on {args.device}")
         values = ", ".join(f"{name} {getattr(args, name)}" for name in recipes["paper"])
         print(textwrap.fill(f"recipe {args.recipe}: {values}", 80, subsequent_indent="    "))
         if args.model == "tiny":
@@ -2248,7 +1982,7 @@ def cli(main, args_class, recipes, description, argv=None):
             what = str(error).split(". Tried")[0][:200] or "out of memory"
             require("non-finite" not in what, "a gradient is not finite; lower --learning_rate")
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in what
-            require(not memory, f"{what}; lower --slots or --micro_tokens, then --resume")
+            require(not memory, f"{what}; lower --slots or --micro_tokens, give --checkpointing, then --resume")
             disk = isinstance(error, SafetensorError) or "inline_container" in what  # inside torch.save
             require(not disk, f"{what}; make room on the disk, then --resume")
             raise
@@ -2256,15 +1990,10 @@ def cli(main, args_class, recipes, description, argv=None):
             if run.resolve() in LOCKS and not args.resume and not list(run.glob("iter_*")):
                 shutil.rmtree(run, ignore_errors=True)  # a failed start must not block the corrected command
                 os.close(LOCKS.pop(run.resolve()))
-        if RANKS > 1:
-            dist.destroy_process_group()
     except KeyboardInterrupt as error:
         further = f"; resume with --resume {run}" if run and list(run.glob("iter_*")) else ""
-        if not RANK:
-            print(f"\n{program}: interrupted{further}", file=sys.stderr)
+        print(f"\n{program}: interrupted{further}", file=sys.stderr)
         sys.exit(128 + (error.args or [signal.SIGINT])[0])
     except (UserError, OSError) as error:
-        if run or not RANK:  # all ranks find the same faults in the flags
-            who = f"rank {RANK}: " * (RANKS > 1)
-            print(f"{program}: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -55,7 +55,6 @@ from common import (
     finish_iterate,
     finish_run,
     flag,
-    last_quarter,
     load_judge,
     load_policy,
     make_optimizer,
@@ -66,10 +65,10 @@ from common import (
     read_jsonl,
     read_or_make,
     report_pairs,
+    require,
     sample_responses,
     split_prompts,
     start_run,
-    sum_over_ranks,
     truncated_lose,
 )
 
@@ -91,7 +90,6 @@ class Args:
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
     eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(1024, "Held-out prompts for evaluation, at most a quarter of all.", low=2)
-    eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
     iterations: int = flag(3, "Rounds of sampling, judging and training, each on its own prompts.", low=1)
     k: int = flag(5, "Responses sampled per prompt.", low=2, high=128)
@@ -110,7 +108,7 @@ class Args:
     max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
     learning_rate: float = flag(1.5e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
-    warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
+    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of all; then decay to 0.")
     epochs: int = flag(1, "Passes over the pairs of an iteration.", low=1)
     batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
@@ -127,10 +125,9 @@ class Args:
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
     def __post_init__(self):
-        if not self.gold and self.variant in ("restrictive", "spin"):
-            raise ValueError(f"--variant {self.variant}: its pairs are won by a teacher; give --gold")
-        if self.tau > self.eta:
-            raise ValueError(f"--tau {self.tau}: must be at most --eta {self.eta}")
+        taught = self.gold or self.variant not in ("restrictive", "spin")
+        require(taught, f"--variant {self.variant}: its pairs are won by a teacher; give --gold")
+        require(self.tau <= self.eta, f"--tau {self.tau}: must be at most --eta {self.eta}")
 
 
 # Section 5.1, where the judge is GPT-4-Turbo (--judge llm), the base model Orca-2.5. K, iterations, epochs, batch size
@@ -150,7 +147,7 @@ PAPER = {  # are the defaults. In later iterations the paper lowers its rate, it
 }
 # Tried at 135 M without a teacher (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "top_p": 0.9, "checkpointing": False, "micro_tokens": 2048}
-SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
+SMALL = {**PAPER, **SMALL, "learning_rate": 5e-6, "warmup_steps": 0.2, "batch_size": 4}
 RECIPES = {"digits": {}, "small": SMALL, "paper": PAPER}
 
 
@@ -327,13 +324,13 @@ def main(args):
         rng, size = random.Random(seed), args.batch_size
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
-        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, len(batches))  # RMSprop
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_steps, len(batches))  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
         for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios = [], []
-            for micro in micro_batches(policy, batch, args.micro_tokens):  # this GPU's share, cut to fit memory
+            for micro in micro_batches(policy, batch, args.micro_tokens):  # cut to fit memory
                 logps = pair_logps(policy, micro)  # (pairs, 2), as the two below
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)
                 win_rate = torch.tensor([pair["win_rate"] for pair in micro], device=policy.device)
@@ -345,7 +342,7 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, whatever the micro-batches
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
-            losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # of all GPUs; it sums gradients, too
+            losses, log_ratios = torch.cat(losses), torch.cat(log_ratios)
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -361,7 +358,8 @@ def main(args):
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args)
-        metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio")
+        names, late = ("loss", "chosen_log_ratio", "rejected_log_ratio"), steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(row[name] for row in late) / len(late) for name in names}  # of the last quarter
         metrics |= {"pairs": len(pairs), "replayed": len(pairs) - new}
         metrics |= Counter(pair["kind"] for pair in pairs[:new])
         metrics |= {"seconds": time.time() - began}

@@ -56,7 +56,6 @@ from common import (
     finish_iterate,
     finish_run,
     flag,
-    last_quarter,
     load_judge,
     load_policy,
     make_optimizer,
@@ -66,10 +65,10 @@ from common import (
     progress,
     read_or_make,
     report_pairs,
+    require,
     sample_responses,
     split_prompts,
     start_run,
-    sum_over_ranks,
     truncated_lose,
 )
 
@@ -90,7 +89,6 @@ class Args:
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
     eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(1024, "Held-out prompts for evaluation, at most a quarter of all.", low=2)
-    eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
     iterations: int = flag(3, "Rounds of sampling, judging and training, each on its own prompts.", low=1)
     k: int = flag(5, "Responses sampled per prompt.", low=2, high=128)
@@ -105,7 +103,7 @@ class Args:
     max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
     learning_rate: float = flag(2e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
-    warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
+    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of all; then decay to 0.")
     epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
     schedule_epochs: int = flag(0, "Epochs that warmup and decay span; training stops after --epochs. 0: --epochs.")
     batch_size: int = flag(16, "Prompts per optimiser step; the last of an epoch may have fewer.", low=1)
@@ -124,10 +122,9 @@ class Args:
 
     def __post_init__(self):
         allowed = self.targets == "soft" or (self.pairing == "extremes" and self.log_z == "half")
-        if not allowed:
-            raise ValueError("--targets hard: give --pairing extremes and --log_z half; only best and worst are 1, 0")
-        if 0 < self.schedule_epochs < self.epochs:
-            raise ValueError(f"--schedule_epochs {self.schedule_epochs}: must be 0 or at least --epochs {self.epochs}")
+        require(allowed, "--targets hard: give --pairing extremes and --log_z half; only best and worst are 1, 0")
+        allowed = self.schedule_epochs == 0 or self.schedule_epochs >= self.epochs
+        require(allowed, f"--schedule_epochs {self.schedule_epochs}: must be 0 or at least --epochs {self.epochs}")
 
 
 PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, iterations: the defaults; see 3. above
@@ -145,7 +142,7 @@ PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, itera
 # What worked at 135 M on another task; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts
 # at 0, so that the first steps are up to ten times the rate: hence the long warm-up.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "micro_tokens": 2048}
-SMALL |= {"learning_rate": 1e-5, "warmup_ratio": 0.2, "batch_size": 8}
+SMALL |= {"learning_rate": 1e-5, "warmup_steps": 0.2, "batch_size": 8}
 SMALL = {**PAPER, **SMALL, "schedule_epochs": 0, "checkpointing": False}
 RECIPES = {"digits": {}, "small": SMALL, "paper": PAPER}
 
@@ -266,13 +263,13 @@ def main(args):
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
         total = len(batches) * (args.schedule_epochs or args.epochs) // args.epochs  # steps that the schedule spans
-        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, total)  # RMSprop
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_steps, total)  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
         for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios = [], []
-            for micro in micro_batches(policy, batch, args.micro_tokens):  # this GPU's share, cut to fit memory
+            for micro in micro_batches(policy, batch, args.micro_tokens):  # cut to fit memory
                 logps = pair_logps(policy, micro)  # (pairs, responses), as the three below
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)
                 win_rate = torch.tensor([pair["win_rate"] for pair in micro], device=policy.device)
@@ -281,7 +278,7 @@ def main(args):
                 (loss.sum() / len(batch)).backward()  # the mean over the whole batch, whatever the micro-batches
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
-            losses, log_ratios = sum_over_ranks(policy, losses, log_ratios)  # of all GPUs; it sums gradients, too
+            losses, log_ratios = torch.cat(losses), torch.cat(log_ratios)
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -297,7 +294,8 @@ def main(args):
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args)
-        metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio")
+        names, late = ("loss", "chosen_log_ratio", "rejected_log_ratio"), steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(row[name] for row in late) / len(late) for name in names}  # of the last quarter
         metrics |= {"loss_over_eta2": metrics["loss"] / args.eta**2, "pairs": len(pairs)}
         metrics |= {"seconds": time.time() - began}
         finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs)

@@ -11,8 +11,6 @@ policy.
     python sr_dpo.py --lam 0             DPO on the same pairs; --loss sr_ipo --lam 0 is IPO
     python sr_dpo.py --model DIR --pairs FILE.jsonl    your model and data
 
-It writes what sppo.py writes: runs/NAME/ with config.json, metrics.jsonl, iter_1/..., final and outputs.json.
-
 Where this file departs from the paper, or fills what it leaves open:
  1. p goes in front of the query inside the last user turn, so that chat templates stay whole. Its wording is ours:
     REFINE_PROMPTS; --refine_prompt takes any of them or your own.
@@ -33,6 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from common import (
     Checkpoint,
+    Refused,
     add_logps,
     cli,
     digit_prompts,
@@ -42,7 +41,6 @@ from common import (
     finish_iterate,
     finish_run,
     flag,
-    last_quarter,
     load_judge,
     load_policy,
     load_rows,
@@ -50,11 +48,11 @@ from common import (
     micro_batches,
     pair_logps,
     progress,
-    read_pair,
+    read_answer,
+    read_prompt,
     require,
     split_rows,
     start_run,
-    sum_over_ranks,
 )
 
 REFINE_PROMPTS = {  # p by name; --refine_prompt also takes your own text
@@ -82,7 +80,6 @@ class Args:
     judge_model: str = flag("", "--judge llm: the model's name there; the key is OPENAI_API_KEY.")
     eval_judge: str = flag("", "Another judge; its win rates are printed, but nothing is trained on them.")
     n_eval: int = flag(512, "Held-out pairs for evaluation, at most a quarter of all.", low=2)
-    eval_prompts: str = flag("", "Prompts to answer in outputs.json, e.g. AlpacaEval's; formats as in --prompts.")
     # algorithm
     loss: Literal["sr_dpo", "sr_ipo"] = flag("sr_dpo", "Eq. 13, or eq. 15.")
     beta: float = flag(1.0, "Regularisation of --loss sr_dpo: the higher, the closer to the reference.", low=1e-6)
@@ -95,7 +92,7 @@ class Args:
     max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
     learning_rate: float = flag(5e-5, "Peak learning rate of RMSprop.", low=1e-12, high=1)
-    warmup_ratio: float = flag(0.1, "Fraction of steps with linear warmup; then linear decay to 0.", high=0.99)
+    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of all; then decay to 0.")
     epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
     batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
@@ -128,7 +125,7 @@ HH = {**PAPER, "pairs": "Anthropic/hh-rlhf:train"}  # the paper's start is super
 ULTRA = {**PAPER, "pairs": "HuggingFaceH4/ultrafeedback_binarized:train_prefs"}
 # Tried at 135 M on few pairs (tests/README.md). Not tried at 0.5 B.
 SMALL = {"max_prompt_tokens": 160, "max_new_tokens": 64, "checkpointing": False, "micro_tokens": 2048}
-SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_ratio": 0.2, "batch_size": 4}
+SMALL = {**ULTRA, **SMALL, "learning_rate": 5e-6, "warmup_steps": 0.2, "batch_size": 4}
 RECIPES = {"digits": {}, "small": SMALL, "paper": ULTRA, "pythia-2.8b": HH}
 
 
@@ -190,6 +187,17 @@ def sr_ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_log
 # Pairs ---------------------------------------------------------------------------------------------------------------
 
 
+def read_pair(row):
+    """{"prompt", "chosen", "rejected"} as messages and texts, and "gap" where both have a score."""
+    prompt = read_prompt(row)
+    pair = {"prompt": prompt, **{name: read_answer(row[name], prompt) for name in ("chosen", "rejected")}}
+    if not pair["chosen"].strip() or not pair["rejected"].strip() or pair["chosen"] == pair["rejected"]:
+        raise Refused("with an empty answer, or two equal ones")
+    if "score_chosen" in row and "score_rejected" in row:
+        pair["gap"] = row["score_chosen"] - row["score_rejected"]
+    return pair
+
+
 def digit_pairs(n, seed):
     """Pairs to digit_prompts whose answers are both partly wrong: 1 to n-1 digits in the chosen, more in the rejected.
 
@@ -224,11 +232,8 @@ def make_pairs(policy, tokenizer, pairs, args):
     print(f"p: {p!r}")
     rows = encode_rows(policy, tokenizer, pairs, args, "--pairs", ["chosen", "rejected"])
     rows = encode_rows(policy, tokenizer, rows, args, "--pairs with p", change=lambda prompt: refine(prompt, p))
-    names = "prompt", "prompt_ids", "refined_ids", "gap"
-    rows = [
-        {**{name: row[name] for name in names if name in row}, "responses": [row["chosen"], row["rejected"]]}
-        for row in rows
-    ]
+    for row in rows:
+        row["responses"] = [row.pop("chosen"), row.pop("rejected")]
     cut = sum(not y["finished"] for row in rows for y in row["responses"])
     kept = [row for row in rows if row["responses"][0]["ids"] != row["responses"][1]["ids"]]
     if cut:
@@ -276,8 +281,8 @@ def main(args):
     policy, tokenizer = load_policy(newest, args.device, args.checkpointing)
     source, n = args.pairs, args.limit
     pairs = digit_pairs(n or 5632, args.seed) if source == "digits" else load_rows("--pairs", source, read_pair, n)
-    (pairs,), held_out = split_rows(policy, tokenizer, make_pairs(policy, tokenizer, pairs, args), args)
-    scored = [dict(pair) for pair in held_out if "benchmark" not in pair]
+    (pairs,), held_out = split_rows(make_pairs(policy, tokenizer, pairs, args), args)
+    scored = [dict(pair) for pair in held_out]
     if args.dry_run:
         return estimate_hours(policy, judges[0], [pairs], held_out, args)
     if not history:
@@ -294,13 +299,13 @@ def main(args):
         rng, size = random.Random(seed), args.batch_size
         epochs = [rng.sample(pairs, len(pairs)) for _ in range(args.epochs)]  # shuffled anew in each epoch
         batches = [(n, order[i : i + size]) for n, order in enumerate(epochs, 1) for i in range(0, len(order), size)]
-        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_ratio, len(batches))  # RMSprop
+        optimizer, scheduler = make_optimizer(policy, args.learning_rate, args.warmup_steps, len(batches))  # RMSprop
         checkpoint = Checkpoint(folder / "checkpoint.pt", policy, optimizer, scheduler, args.checkpoint_minutes)
         steps = checkpoint.load()  # [], or the steps done before a kill, with policy and optimizer as they were then
         before = history[-1]["step"]  # steps of earlier iterations
         for epoch, batch in progress(batches[len(steps) :], desc="training"):
             losses, log_ratios, deltas = [], [], []
-            for micro in micro_batches(policy, batch, args.micro_tokens):  # this GPU's share, cut to fit memory
+            for micro in micro_batches(policy, batch, args.micro_tokens):  # cut to fit memory
                 ref_logps = torch.tensor([pair["ref_logps"] for pair in micro], device=policy.device)  # (pairs, 2)
                 ref_logps_p = torch.tensor([pair["ref_logps_p"] for pair in micro], device=policy.device)
                 delta = torch.zeros(len(micro), device=policy.device)
@@ -314,8 +319,7 @@ def main(args):
                 losses.append(loss.detach())
                 log_ratios.append((logps - ref_logps).detach())
                 deltas.append(delta)
-            # Of all GPUs; it sums gradients, too.
-            losses, log_ratios, deltas = sum_over_ranks(policy, losses, log_ratios, deltas)
+            losses, log_ratios, deltas = torch.cat(losses), torch.cat(log_ratios), torch.cat(deltas)
             grad_norm = clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             row = {"step": before + len(steps) + 1, "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
             optimizer.step()
@@ -332,7 +336,8 @@ def main(args):
         del optimizer, scheduler, checkpoint  # frees their memory for sampling
 
         metrics = evaluate(policy, tokenizer, judges, held_out, run, t, args) | measure(policy, scored, args)
-        metrics |= last_quarter(steps, "loss", "chosen_log_ratio", "rejected_log_ratio", "delta")
+        names, late = ("loss", "chosen_log_ratio", "rejected_log_ratio", "delta"), steps[-max(1, len(steps) // 4) :]
+        metrics |= {name: sum(row[name] for row in late) / len(late) for name in names}  # of the last quarter
         metrics |= {"pairs": len(pairs), "seconds": time.time() - began}
         finish_iterate(run, history, log, metrics, policy, tokenizer, steps, pairs)
 

@@ -1,14 +1,15 @@
 """The three methods on a real model: SmolLM2-135M-Instruct learns to keep instructions that anybody can check.
 
-    python tests/real_text.py sppo 1        a run with seed 1, half an hour on one core; also: dno
+    python tests/real_text.py sppo 1        a run with seed 1, half an hour on one core; also: dno, dno_teacher
     python tests/real_text.py dpo 1         on the pairs of sppo's first iteration with seed 1; also: sr_dpo
     python tests/real_text.py table         the tables and the answers of README.md and tests/README.md
 
 A prompt asks for a sentence about a topic and gives one of two instructions: 'Do not use commas.' or 'Use the word
 "water".' The judge is a set of rules: P(y > y') = sigmoid(6 (s - s')), s from 0 to 1 the mean of how nearly the answer
 is one sentence and keeps the instruction. The base model does both in about 40 % of its answers: what it never does it
-cannot learn from its own samples. After each iteration it answers prompts that no training prompt is like, on unseen
-topics, with one instruction and with both. Results: tests/claims/results/real_METHOD_SEED.json.
+cannot learn from its own samples. Each iterate answers prompts that no training prompt is like, on unseen topics, with
+one instruction and with both. The teacher of dno_teacher is the base model: the best of 16 answers, by the same rules.
+Results: tests/claims/results/real_METHOD_SEED.json.
 """
 
 import argparse
@@ -95,30 +96,43 @@ def make_prompts(n, topics, rules, seed):
 UNSEEN = 64, 32  # prompts on unseen topics: with one instruction, and with two
 
 
-def write_prompts(folder):
-    """The files of training prompts, on 64 topics, and of prompts to be answered, on the others."""
+def all_prompts():
+    """The training prompts, on 64 topics, and the unseen prompts, on the others."""
     topics = random.Random(0).sample(TOPICS, len(TOPICS))
     train = make_prompts(360, topics[:64], [(0,), (1,)], 0)
-    unseen = make_prompts(UNSEEN[0], topics[64:], [(0,), (1,)], 1) + make_prompts(
-        UNSEEN[1], topics[64:], [(0, 1), (1, 0)], 2
-    )
-    files = folder / "train.jsonl", folder / "unseen.jsonl"
-    for file, prompts in zip(files, (train, unseen), strict=True):
-        common.write_jsonl(file, [{"prompt": prompt} for prompt in prompts])
-    return files
+    unseen = make_prompts(UNSEEN[0], topics[64:], [(0,), (1,)], 1)
+    return train, unseen + make_prompts(UNSEEN[1], topics[64:], [(0, 1), (1, 0)], 2)
 
 
 # Chosen on seed 1; tests/README.md has what else was tried.
 OWN = {"judge": "rules", "limit": 320, "n_eval": 64, "iterations": 2, "k": 4, "max_prompt_tokens": 96}
-OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "batch_size": 8, "warmup_ratio": 0.2}
+OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "batch_size": 8, "warmup_steps": 0.2}
 OWN |= {"learning_rate": 1e-5, "micro_tokens": 1024}
 GIVEN = {key: value for key, value in OWN.items() if key not in ("limit", "iterations", "k")}
+GIVEN["learning_rate"] = 3e-6  # with which the log-ratios are like those of SPPO; 1e-5 overshoots
+DNO = {**OWN, "limit": 160, "sft_alpha": 0.0}  # which makes three pairs of a prompt
 METHODS = {
     "sppo": (sppo, OWN),
-    "dno": (dno, {**OWN, "gold": "", "sft_alpha": 0.0}),
+    "dno": (dno, {**DNO, "gold": ""}),
+    "dno_teacher": (dno, DNO),
     "dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.0}),
     "sr_dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.3}),
 }
+
+
+def answer(policy, tokenizer, prompts, k, seed):
+    """k answers to each prompt, as texts: a list of lists."""
+    args = sppo.Args(**{name: OWN[name] for name in ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p")})
+    rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], args)
+    rows = common.sample_responses(policy, tokenizer, rows, k, seed, args)
+    return [[y["text"] for y in row["responses"]] for row in rows]
+
+
+def write_gold(file, prompts, model):
+    """The teacher's answers: the best of 16 of the base model's, the first of the best."""
+    answers = answer(*common.load_policy(model), prompts, 16, "teacher")
+    best = [texts[i] for texts, i in zip(answers, Rules().scores(prompts, answers).argmax(1).tolist(), strict=True)]
+    common.write_jsonl(file, [{"prompt": x, "gold": y} for x, y in zip(prompts, best, strict=True)])
 
 
 def beside(policy, tokenizer, prompts, texts):
@@ -142,27 +156,32 @@ def run(method, seed, settings):
     module, flags = METHODS[method]
     model, folder, began = str(smollm2.make()), Path("runs") / f"real-{method}-s{seed}", time.time()
     common.JUDGES["rules"] = lambda _: Rules()
-    train, unseen = write_prompts(Path("runs"))
-    flags = {**flags, **settings, "recipe": "small", "seed": seed, "eval_prompts": unseen, "prompts": train}
+    train, prompts = all_prompts()
+    flags = {"model": model, **flags, **settings, "recipe": "small", "seed": seed}
+    if module is not sr_dpo:
+        flags["prompts"] = Path("runs/train.jsonl")
+        common.write_jsonl(flags["prompts"], [{"prompt": prompt} for prompt in train])
+    if method == "dno_teacher":
+        flags["gold"] = Path(f"runs/gold-s{seed}.jsonl")
+        write_gold(flags["gold"], train[: int(flags["limit"])], flags["model"])
     if module is sr_dpo:
-        del flags["prompts"]
         flags["pairs"] = file = Path(f"runs/pairs-{method}-s{seed}.jsonl")
         pairs = common.read_jsonl(Path(f"runs/real-sppo-s{seed}/iter_1/pairs.jsonl"))
         texts = [(pair["prompt"], *(y["text"] for y in pair["responses"])) for pair in pairs]
         common.write_jsonl(file, [{"prompt": x, "chosen": a, "rejected": b} for x, a, b in texts])
-    argv = [f"--{key}={value}" for key, value in {**flags, "model": model, "name": folder.name}.items()]
+    argv = [f"--{key}={value}" for key, value in {**flags, "name": folder.name}.items()]
     argv = [f"--resume={folder}"] if folder.exists() else argv
     common.cli(module.main, module.Args, module.RECIPES, module.__doc__, argv)
     table, minutes = common.read_jsonl(folder / "metrics.jsonl"), (time.time() - began) / 60
 
-    policy, tokenizer = common.load_policy(model)
-    prompts, answers, log_ratios = [row["prompt"] for row in common.read_jsonl(unseen)], [], []
-    for row in table:
-        iterate = folder / f"iter_{row['iterate']}"
-        texts = [output["output"] for output in json.loads((iterate / "outputs.json").read_text())]
+    base, tokenizer, answers, log_ratios = *common.load_policy(flags["model"]), [], []
+    for t, row in enumerate(table):
+        iterate = folder / f"iter_{t}"
+        policy = common.load_policy(iterate / "policy")[0] if t else base
+        texts = [text for (text,) in answer(policy, tokenizer, prompts, 1, f"{seed} evaluate {t}")]
         kept = [min(Rules().shares(x[-1]["content"], y)) == 1 for x, y in zip(prompts, texts, strict=True)]
         row["unseen"] = {"kept": mean(kept[: UNSEEN[0]]), "kept of two": mean(kept[UNSEEN[0] :])}
-        row["unseen"] |= beside(policy, tokenizer, prompts, texts)
+        row["unseen"] |= beside(base, tokenizer, prompts, texts)
         answers.append(texts)
         steps = common.read_jsonl(iterate / "steps.jsonl")
         log_ratios += [[step["chosen_log_ratio"], step["rejected_log_ratio"]] for step in steps]
@@ -174,7 +193,7 @@ def run(method, seed, settings):
     return result | {"answers": [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in some]}
 
 
-NAMES = {"sppo": "SPPO", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
+NAMES = {"sppo": "SPPO", "dno": "DNO", "dno_teacher": "DNO, teacher", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
 COLUMNS = {"wins_vs_start": 3, "wins_at_equal_length": 3, "logp_drop": 2, "tokens": 1, "truncated": 3}
 UNSEEN_COLUMNS = {"kept": 3, "kept of two": 3, "topic named": 2, "distinct-2": 2, "logp per token": 2}
 

@@ -69,7 +69,7 @@ def log_pi(policy, pair, name="prompt_ids"):
 
 # All pairs in one batch, two epochs: two steps, whose second sees log-ratios that are not 0.
 TWO = {"limit": 24, "n_eval": 4, "iterations": 1, "epochs": 2, "batch_size": 1000}
-TWO |= {"warmup_ratio": 0.0, "max_grad_norm": 1e5, "learning_rate": 1e-4}
+TWO |= {"warmup_steps": 0.0, "max_grad_norm": 1e5, "learning_rate": 1e-4}
 
 
 def check_two_steps(folder, start, value):

@@ -232,7 +232,6 @@ def test_a_thought_that_the_prompt_begins_belongs_to_the_prompt(template):
             one.response(turns("Hi"), "4", 99)
 
 
-OWN = {"fields": {"thinking": {"open": "<|idea|>\n", "close": "<|done|>"}, "content": {"close_pattern": "x"}}}
 GPT_OSS = EACH + "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
 GPT_OSS += "{{ '<eos>' if loop.last and not add_generation_prompt else '<|end|>' }}" + END + ASK
 GPT_OSS += "<|start|>assistant{% endif %}"
@@ -244,7 +243,6 @@ IDEA = "<|channel|>analysis<|message|>idea"
     [
         (CHATML, ["[THINK]", "[/THINK]"], "[THINK]idea[/THINK]4", "4"),
         (CHATML, ["<seed:think>", "</seed:think>"], "<seed:think>idea</seed:think>4", "4"),
-        (CHATML, ["<|idea|>", "<|done|>"], "<|idea|>\nidea<|done|>\n4", "4"),
         (GPT_OSS, ["<|channel|>", "<|message|>"], IDEA + "<|end|><|start|>assistant<|channel|>final<|message|>4", "4"),
         (GPT_OSS, ["<|channel|>", "<|message|>"], "<|channel|>final<|message|>4", "4"),
         (GPT_OSS, ["<|channel|>", "<|message|>"], IDEA, ""),
@@ -252,7 +250,6 @@ IDEA = "<|channel|>analysis<|message|>idea"
 )
 def test_thoughts_of_other_marks_are_not_for_judges(template, tokens, sample, judged, tmp_path, capsys):
     t = tokenizer(template, [*IM, "<|im_end|>", "<|start|>", "<|end|>", *tokens])
-    t.response_template = OWN if tokens[0] == "<|idea|>" else None
     one = chat(t)
     assert one.sampled(one.tokens(sample + one.end))["text"] == judged
     answer = one.response(turns("Hi"), "4", 99)

@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from steps import cli, stopped
+from steps import stopped
 from steps import turns as user
 from tokenizers import normalizers
 
 import common
 import sppo
+import sr_dpo
 from common import (
     DigitsJudge,
     digit_prompts,
     load_rows,
     preferences,
     read_gold,
-    read_pair,
     read_prompt,
     split_rows,
     truncated_lose,
@@ -34,7 +34,7 @@ def load_prompts(source, limit=0):
 
 
 def load_pairs(source):
-    return load_rows("--pairs", source, read_pair)
+    return load_rows("--pairs", source, sr_dpo.read_pair)
 
 
 def write(path, *rows):
@@ -220,9 +220,9 @@ def test_what_a_file_holds_is_read_line_by_line_and_each_time_anew(tmp_path, mon
         assert load_prompts("p.jsonl") == load_prompts("folder") == load_prompts("p.parquet") == [user(text)]
     (tmp_path / "one.json").write_text(json.dumps({"prompt": "q"}, indent=1))
     assert load_prompts("one.json") == [user("q")]
-    for name in ("p.jsonl", "p.parquet"):
+    for name, said in (("p.jsonl", "no JSON object in UTF-8"), ("p.parquet", "cannot be loaded")):  # not pulled
         (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        assert f"{name} is a Git LFS pointer: run git lfs pull" in stopped(capsys, load_prompts, name)
+        assert said in stopped(capsys, load_prompts, name)
 
 
 def test_a_configuration_of_a_dataset_is_named_before_its_split(tmp_path, monkeypatch, capsys):
@@ -243,42 +243,23 @@ def test_digit_prompts_are_different_and_belong_to_their_seed():
     assert digit_prompts(500, seed=1) == [user(text) for text in texts] != digit_prompts(500, seed=2)
 
 
-@pytest.mark.parametrize(("copies", "n_eval", "held", "size"), [(1, 13, 13, 29), (1, 1000, 25, 25), (2, 13, 13, None)])
+@pytest.mark.parametrize(("copies", "n_eval", "held", "size"), [(1, 13, 13, 30), (1, 1000, 25, 26), (2, 13, 13, None)])
 def test_the_parts_and_the_held_out_prompts_are_disjoint(copies, n_eval, held, size, tmp_path, tiny, capsys):
-    """A prompt may come twice, as in pairs. --eval_prompts are kept apart. At most a quarter is held out."""
+    """A prompt may come twice, as in pairs. At most a quarter is held out."""
     prompts = digit_prompts(103, seed=1)
     rows = [{"prompt": prompt, "n": n} for prompt in prompts for n in range(copies)]
-    extra = [*prompts[:3], user("77")]
-    path = write(tmp_path / "eval.jsonl", *({"prompt": prompt} for prompt in extra))
-    args = sppo.Args(n_eval=n_eval, eval_prompts=path, max_prompt_tokens=10)
+    args = sppo.Args(n_eval=n_eval, max_prompt_tokens=10)
     policy, tokenizer = common.load_policy(tiny)
     rows = common.encode_rows(policy, tokenizer, rows, args)
-    parts, held_out = split_rows(policy, tokenizer, rows, args)
-    benchmark = [row["prompt"] for row in held_out if "benchmark" in row]
-    assert len(held_out) == held + 4 and benchmark == extra and "prompt_ids" in held_out[-1]
+    parts, held_out = split_rows(rows, args)
+    assert len(held_out) == held
     assert len({len(part) for part in parts}) == 1
     groups = [[row["prompt"][0]["content"] for row in some] for some in (held_out, *parts)]
     assert all(set(groups[0]).isdisjoint(part) for part in groups[1:])
     assert copies == 2 or (len(parts[0]) == size and len(set().union(*groups)) == sum(map(len, groups)))
-    assert split_rows(policy, tokenizer, rows, args) == (parts, held_out)
+    assert split_rows(rows, args) == (parts, held_out)
     args.iterations = 1000
-    assert "too few for 1000 iterations" in stopped(capsys, split_rows, policy, tokenizer, rows, args)
-
-
-def test_outputs_json_has_every_evaluation_prompt_in_its_place(workdir, capsys):
-    """alpaca_eval looks up a prompt's difficulty by its row: what cannot be answered is there, with an empty answer."""
-    texts = ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45"]  # again, empty, control, long, over 512 positions
-    path = write(workdir / "e.jsonl", *({"instruction": text} for text in texts), {"prompt": "7", "tools": [{"a": 1}]})
-    flags = ["--limit", "40", "--n_eval", "8", "--iterations", "1", "--k", "2", "--eval_prompts", path, "--name", "x"]
-    cli(sppo, *flags)
-    said = capsys.readouterr().out
-    for t in (0, 1):
-        rows = json.loads((workdir / f"runs/x/iter_{t}/outputs.json").read_text())
-        assert [row["instruction"] for row in rows] == ["31", "31", "", "a </s>", "1" * 100, "2" * 510, "45", ""]
-        assert all(rows[i]["output"] for i in (0, 1, 6)) and not any(rows[i]["output"] for i in (2, 3, 5, 7))
-        assert rows[0]["output"] == rows[1]["output"]
-    assert "e.jsonl: 1 of 8 skipped: with tools" in said and "--eval_prompts: 1 of 8 skipped: with </s>" in said
-    assert "--eval_prompts: 1 of 8 skipped: over --max_prompt_tokens 496" in said
+    assert "too few for 1000 iterations" in stopped(capsys, split_rows, rows, args)
 
 
 def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
@@ -288,7 +269,7 @@ def test_prompts_of_the_same_token_ids_stay_on_one_side(tiny):
     texts = [unicodedata.normalize(form, f"é {n}") for n in range(40) for form in ("NFC", "NFD")]
     args = sppo.Args(n_eval=8, iterations=1)
     rows = common.encode_rows(policy, tokenizer, [{"prompt": user(text)} for text in texts], args)
-    (part,), held_out = split_rows(policy, tokenizer, rows, args)
+    (part,), held_out = split_rows(rows, args)
     ids = [{str(row["prompt_ids"]) for row in some} for some in (part, held_out)]
     assert len(ids[0] | ids[1]) == 40 and not ids[0] & ids[1]
 
@@ -298,7 +279,7 @@ def test_prompts_that_differ_in_white_space_stay_on_one_side(tiny):
     prompts = [user(f"{n}{end}") for n in range(40) for end in ("", " ")]
     args = sppo.Args(n_eval=8, iterations=1)
     rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], args)
-    (part,), held_out = split_rows(policy, tokenizer, rows, args)
+    (part,), held_out = split_rows(rows, args)
     texts = [{row["prompt"][0]["content"].strip() for row in some} for some in (part, held_out)]
     assert len(texts[0] | texts[1]) == 40 and not texts[0] & texts[1]
 

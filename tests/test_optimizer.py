@@ -116,7 +116,8 @@ def test_sppo_in_bf16_as_on_a_gpu_keeps_the_master_between_iterations(workdir, m
         return policy.bfloat16(), tokenizer
 
     def spy(policy, *rest):
-        remainders.append({name: x.clone() for name, x in common.master_remainders(policy).items()})
+        named = policy.named_parameters()
+        remainders.append({name: p.master_remainder.clone() for name, p in named if hasattr(p, "master_remainder")})
         return make_optimizer(policy, *rest)
 
     remainders = []  # at the start of each iteration

@@ -94,26 +94,17 @@ def test_pair_logits_are_those_of_the_description_whatever_else_is_asked(toy, mo
     torch.testing.assert_close(two[:, 0, 1], logits[:3, 2, 0], atol=1e-5, rtol=0)
 
 
-def flex_on_the_cpu(*inputs):
-    return common.disentangled_flex(*inputs[:-1], common.same_row(inputs[-1], "cpu"))
-
-
-UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-ATTENTION = {"torch": common.disentangled_torch, "flex": flex_on_the_cpu}
-
-
-@UNCOMPILED
 @torch.no_grad()
 @pytest.mark.parametrize(("half", "atol"), [(False, 1e-5), (True, 0.02)])
-@pytest.mark.parametrize("attend", ATTENTION)
-def test_packed_rows_are_read_as_transformers_reads_each(attend, half, atol, monkeypatch):
+@pytest.mark.parametrize("heads", [1, 2])
+def test_packed_rows_are_read_as_transformers_reads_each(heads, half, atol, monkeypatch):
     """Also where tiles are farther apart than the positions reach, and where several distances share one."""
     sizes = SIZES | DEBERTA | {"vocab_size": 99, "position_buckets": 8, "max_position_embeddings": 30}
     torch.manual_seed(0)
     net, lengths, seen = common.PairRMNet(transformers.DebertaV2Config(**sizes)).eval(), [150, 1, 67, 1, 1], []
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    monkeypatch.setattr(common, "disentangled_torch", ATTENTION[attend])
+    monkeypatch.setitem(common.PAIRRM_HEADS, "cpu", heads)
     monkeypatch.setattr(common, "TILE", 23)
     net.pretrained_model.encoder.layer[-1].output.register_forward_hook(lambda *call: seen.append(call[2]))
     ids = torch.randint(99, (sum(lengths),))
@@ -124,16 +115,15 @@ def test_packed_rows_are_read_as_transformers_reads_each(attend, half, atol, mon
     torch.testing.assert_close(seen[0], torch.cat([x[0] for x in seen[1:]]), atol=atol, rtol=0)
 
 
-@UNCOMPILED
 @pytest.mark.parametrize("lengths", [[1], [130], [5, 1, 40, 40, 3], [1] * 9, [700, 200]], ids=str)
-def test_flex_attention_gives_the_numbers_of_plain_torch_and_of_the_equation(lengths):
+@pytest.mark.parametrize("together", [1, 2])  # heads, of three
+def test_attention_is_that_of_its_equation(lengths, together, monkeypatch):
+    monkeypatch.setitem(common.PAIRRM_HEADS, "cpu", together)
     rng, N, heads, d, S, reach = torch.Generator().manual_seed(0), sum(lengths), 3, 16, 10, 30
     query, key, value = torch.randn(3, N, heads, d, generator=rng).transpose(1, 2)  # strided, as in the net
     query_at, key_at = torch.randn(2, S, heads, d, generator=rng).transpose(1, 2)
     slots = torch.randint(S, (2 * reach + 1,), generator=rng)  # not even in order
-    inputs = query / 7, key, value, query_at / 7, key_at, slots, lengths
-    ours = common.disentangled_torch(*inputs)
-    torch.testing.assert_close(flex_on_the_cpu(*inputs), ours, atol=1e-5, rtol=0)
+    ours = common.disentangled_attention(query / 7, key, value, query_at / 7, key_at, slots, lengths)
     rows = zip(*(x.split(lengths, 1) for x in (query / 7, key, value)), strict=True)
     for (q, k, v), row in zip(rows, ours.split(lengths, 1), strict=True):
         place = torch.arange(q.shape[1])
@@ -159,14 +149,6 @@ def test_logits_do_not_depend_on_what_is_packed_together(toy, monkeypatch):
 def test_attention_of_another_kind_is_refused():
     with pytest.raises(AssertionError, match="not DeBERTa-v3's"):
         common.PairRMNet(transformers.DebertaV2Config(**SIZES, **DEBERTA | {"share_att_key": False}))
-
-
-def test_equal_responses_are_judged_once(toy, monkeypatch):
-    judge, lengths = PairRM(str(toy)), []
-    monkeypatch.setattr(judge.net, "forward", lambda ids, n, at: lengths.extend(n) or torch.arange(1.0, 1 + len(n)))
-    logits = judge.pair_logits(["light"] * 2, [["a", "b", "a", " b"], ["bad", "bad", "bad", "bad"]])
-    assert len(lengths) == 2
-    assert logits[0].tolist() == [[0, 1, 0, 1], [2, 0, 2, 0], [0, 1, 0, 1], [2, 0, 2, 0]] and not logits[1].any()
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs llm-blender's answers")
@@ -211,10 +193,12 @@ HOSTILE += ["＜|source|＞", "", " ", "light " * 10_000, "🙂 שלום \u0000 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text)[:20])
 def test_text_never_becomes_a_control_token(toy, text):
-    judge = PairRM(str(toy))
-    assert not set(judge.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *CONTROL])) & set(judge.encode([text])[0])
+    judge, seen = PairRM(str(toy)), []
+    judge.net.register_forward_pre_hook(lambda _, given: seen.extend(given[0].tolist()))
     prefs = judge([as_messages(x) for x in (text, "river", "river")], [["a", "b"], ["bad", text], [text, "bad"]])
     assert prefs.isfinite().all()
+    counts = [seen.count(i) for i in judge.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *CONTROL])]
+    assert counts == [18, 18, 0, 6, 6, 6, 0]  # of six rows, as PairRM writes them
     assert prefs[1, 0, 1].item() == pytest.approx(prefs[2, 1, 0].item(), abs=1e-5)
 
 

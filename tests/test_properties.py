@@ -16,8 +16,7 @@ import sr_dpo
 
 @pytest.mark.parametrize("script", [sppo, dno, sr_dpo], ids=lambda script: script.__name__)
 def test_the_run_folder_holds_what_the_readme_says(workdir, script):
-    (workdir / "mine.jsonl").write_text(json.dumps({"prompt": "9898"}))
-    flags = ["--limit", "80", "--n_eval", "16", "--epochs", "2", "--batch_size", "40", "--eval_prompts", "mine.jsonl"]
+    flags = ["--limit", "80", "--n_eval", "16", "--epochs", "2", "--batch_size", "40"]
     flags += [] if script is sr_dpo else ["--iterations", "2", "--k", "3"]
     cli(script, *flags, "--name", "x")
     folder = workdir / "runs/x"
@@ -45,8 +44,10 @@ def test_the_run_folder_holds_what_the_readme_says(workdir, script):
         assert row["iterate"] == t and row["tokens"] == sum(len(y["ids"]) for y in ys) / 16
         right = ["".join(sorted(answer["prompt"][0]["content"])) for answer in rows]
         assert row["exact_match"] == sum(y["text"] == z for y, z in zip(ys, right, strict=True)) / 16
-    (row,) = json.loads((folder / "iter_1/outputs.json").read_text())  # of --eval_prompts
-    assert row["instruction"] == "9898" and row["generator"] == "x"
+    published = json.loads((folder / "iter_1/outputs.json").read_text())
+    assert [row["output"] for row in published] == [answer["responses"][0]["text"] for answer in answers[1]]
+    assert [row["instruction"] for row in published] == [answer["prompt"][0]["content"] for answer in answers[1]]
+    assert {row["generator"] for row in published} == {"x"}
     if best := best_of(table):
         assert (folder / "final").resolve() == (folder / f"iter_{best}/policy").resolve()
         assert (folder / "outputs.json").read_bytes() == (folder / f"iter_{best}/outputs.json").read_bytes()

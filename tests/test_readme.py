@@ -69,7 +69,7 @@ def test_line_counts():
 def commands():
     """(script, its words) of every command of a script, in blocks and within sentences."""
     text = (README + TESTS + CLAIMS).replace("\\\n", " ")
-    start = r"(?:^|`)(?:python|torchrun --nproc_per_node 8) "
+    start = r"(?:^|`)python "
     found = re.findall(start + r"((?:sppo|dno|sr_dpo)\.py(?: [^`\n&#]*)?)", text, re.M)
     return sorted({tuple(shlex.split(line)) for line in found})
 
@@ -91,7 +91,7 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
     if "--resume" in flags:  # wants a run
         monkeypatch.chdir(tmp_path)
         begun = {**vars(script.Args()), "script": file[:-3], "versions": {}}
-        common.write_json(tmp_path / "runs/NAME/config.json", begun)
+        common.write(tmp_path / "runs/NAME/config.json", json.dumps(begun))
     with pytest.raises(SystemExit, match=r"^0$") if "--help" in flags else contextlib.nullcontext():
         common.cli(main, script.Args, script.RECIPES, script.__doc__, flags)
     assert called or "--help" in flags
@@ -99,9 +99,7 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = (
-        "--record --repeats --seeds --data --no --nproc_per_node --device --table"  # of commands in tests/, of torchrun
-    )
+    theirs = "--record --repeats --seeds --data --no --device --table"  # of commands in tests/
     theirs += " --model_outputs --model_configs --model_args --tasks"  # of alpaca_eval and lm_eval
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | set(theirs.split())
 
@@ -144,6 +142,16 @@ def test_the_judge_that_is_shown_runs(workdir, monkeypatch, capsys):
     assert steps[0]["loss"] < 5  # eta |P - 1/2|, at most 10 / 2, at the start; eq. 4.7 has its square
 
 
+def test_the_prompts_of_a_benchmark_are_answered_in_their_order(workdir, tiny):
+    texts = "31", "75", "31"
+    (workdir / "eval.jsonl").write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts))
+    code = TESTS.split("```python\n")[1].split("```")[0].replace("runs/NAME/final", str(tiny))
+    exec(code.replace("tatsu-lab/alpaca_eval:eval", "eval.jsonl").replace("cuda", "cpu").replace("1024", "16"), {})
+    rows = json.loads((workdir / "outputs.json").read_text())
+    assert [row["instruction"] for row in rows] == [*texts] and all(row["output"] for row in rows)
+    assert rows[0]["output"] == rows[2]["output"] and {row["generator"] for row in rows} == {"mine"}
+
+
 def test_two_runs_are_compared_on_their_common_prompts(workdir, capsys):
     def answers(run, texts):
         rows = [
@@ -154,7 +162,7 @@ def test_two_runs_are_compared_on_their_common_prompts(workdir, capsys):
 
     answers("a", {"21": "12", "2 1": "12", "2-1": "11", "2,1": "22", "of a alone": "1"})
     answers("b", {"of b alone": "1", "2,1": "12", "2-1": "21", "2 1": "21", "21": "12"})
-    exec(TESTS.split("```python\n")[1].split("```")[0], {})
+    exec(TESTS.split("```python\n")[2].split("```")[0], {})
     assert capsys.readouterr().out == "[0.5, 0.25, 0.25]\n"  # "12" wins over "21", "11" over "21"
 
 

@@ -40,7 +40,7 @@ def real(folder):
 @pytest.fixture(scope="module")
 def pairs():
     with contextlib.redirect_stdout(None):
-        return common.load_rows("--pairs", str(FILE), common.read_pair)
+        return common.load_rows("--pairs", str(FILE), sr_dpo.read_pair)
 
 
 @torch.no_grad()

@@ -382,9 +382,9 @@ def test_flags_that_were_edited_in_config_json_are_refused(workdir, capsys):
     script, settings = JOBS["sppo"]
     cli(script, *(f"--{name}={value}" for name, value in settings.items()), "--name", "x")
     config = json.loads(Path("runs/x/config.json").read_text())
-    common.write_json(Path("runs/x/config.json"), {**config, "eta": 3.0})
+    Path("runs/x/config.json").write_text(json.dumps({**config, "eta": 3.0}))
     assert "a flag in its config.json has changed" in stopped(capsys, cli, script, "--resume", "runs/x")
-    common.write_json(Path("runs/x/config.json"), {**config, "slots": 3})  # decides nothing
+    Path("runs/x/config.json").write_text(json.dumps({**config, "slots": 3}))  # decides nothing
     cli(script, "--resume", "runs/x")
 
 

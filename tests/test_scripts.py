@@ -35,7 +35,7 @@ BLOCKS = {  # of main: name -> (first words, last words)
     "the step": ("            grad_norm = ", '"rejected_log_ratio": log_ratio[-1].item()}\n'),
     "a step is done": ("            steps.append(row)", "        checkpoint.save(steps, now=True)"),
     "evaluation": ("        metrics = evaluate(", "args)"),
-    "late steps": ("        metrics |= last_quarter(", '"rejected_log_ratio"'),
+    "late steps": ("        metrics |= {name: sum(", "of the last quarter\n"),
     "the end": ("    finish_run(", "history)"),
 }
 

@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeyp
 def test_the_recipe_has_the_values_of_the_paper():
     paper = Args(**sppo.RECIPES["paper"])
     assert (paper.k, paper.eta, paper.iterations, paper.learning_rate, paper.batch_size) == (5, 1e3, 3, 5e-7, 64)
-    assert (paper.temperature, paper.top_p, paper.epochs, paper.warmup_ratio) == (1.0, 1.0, 1, 0.1)
+    assert (paper.temperature, paper.top_p, paper.epochs, paper.warmup_steps) == (1.0, 1.0, 1, 0.1)
     assert paper.schedule_epochs == 18  # 312 steps: to 2.77e-7, 1.39e-7 in the mean
     policy = torch.nn.Linear(1, 1)
     policy.dtype = torch.float32

@@ -29,7 +29,7 @@ from measure import common, make_parser, record, show
 
 SIZES = {"hidden": 4096, "layers": 32, "vocab": 32000, "judge_layers": 24}
 SIZES |= {"prompts": 64, "prompt_tokens": 256, "k": 5, "new_tokens": 128}
-BEGIN = "--recipe paper --name x --iterations 1 --warmup_ratio 0 --checkpoint_minutes 0"
+BEGIN = "--recipe paper --name x --iterations 1 --warmup_steps 0 --checkpoint_minutes 0"
 TIMED = ["load_judge", "load_policy", "sample_responses", "preferences", "add_logps", "evaluate"]
 
 
