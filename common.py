@@ -1,10 +1,10 @@
 """What sppo.py, dno.py and sr_dpo.py share. Each section depends only on those above it.
 
-    1. Log-probs                  229  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
+    1. Log-probs                  227  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 246  generate: K samples per prompt, from a KV cache whose rows are refilled
-    3. Optimiser                   82  SplitMaster: RMSprop for bf16 weights with an exact float32 master
-    4. Judges                     332  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
-    5. Data and chat templates    356  prompts and pairs of the usual shapes; Chat: from conversations to token ids
+    3. Optimiser                   83  SplitMaster: RMSprop for bf16 weights with an exact float32 master
+    4. Judges                     335  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
+    5. Data and chat templates    355  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     173  load, check, save; the built-in `tiny`
     7. Files                       62  written whole or not at all; rows that are made once, also across a kill
     8. Evaluation                  68  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
@@ -36,7 +36,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import typing
 from array import array
 from collections import Counter
 from functools import partial
@@ -231,9 +230,7 @@ def pair_logps(policy, pairs, prompt_ids="prompt_ids"):
 
 
 def micro_batches(policy, pairs, max_tokens):
-    """Split the pairs, the shortest first, into micro-batches of at most `max_tokens` padded tokens and SLOPE_BYTES of
-    slopes, or of a single pair.
-    """
+    """Split pairs into micro-batches: at most `max_tokens` padded tokens and SLOPE_BYTES of slopes, or one pair."""
 
     def padded_tokens(pair):  # with the longer of sr_dpo.py's two prompts in front of each response
         longest = len(pair.get("refined_ids", pair["prompt_ids"])) + max(len(y["ids"]) for y in pair["responses"])
@@ -637,6 +634,7 @@ def make_optimizer(policy, lr, warmup_steps, steps):
     kind = SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop  # which compute the same
     optimizer = kind(policy.parameters(), lr, alpha=0.99, eps=1e-8)
     warmup = int(warmup_steps if warmup_steps >= 1 else warmup_steps * steps)
+    require(warmup <= steps, f"--warmup_steps {warmup_steps}: the schedule has {steps} steps; lower it")
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
 
 
@@ -691,7 +689,7 @@ class DigitsJudge:
 
 PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a row has at most 2,048
 PAIRRM_HEADS = {"cpu": 1, "cuda": 16}  # heads attended to at a time; a CPU's cache has room for the scores of one
-TILE = 64  # tokens whose scores of position are computed at a time
+TILE = {"cpu": 64, "cuda": 2048}  # tokens whose scores of position are computed at a time
 
 
 def folder_or_hub_id(name):
@@ -706,8 +704,8 @@ def position_scores(write, scores, x, at):
 
     x (H, T, d), at (H, 2 T - 1, d): in rows of products, those of one i - j lie on a diagonal.
     """
-    for a in range(0, T := x.shape[1], TILE):
-        m = min(TILE, T - a)
+    for a in range(0, T := x.shape[1], size := TILE[x.device.type]):
+        m = min(size, T - a)
         products = x[:, a : a + m] @ at[:, T - m - a : 2 * T - 1 - a].mT  # (H, m, T + m - 1)
         shifted = products.as_strided((len(x), m, T), (m * (T + m - 1), T + m - 2, 1), m - 1)  # row r from m - 1 - r on
         write(scores[:, a : a + m], shifted)
@@ -725,7 +723,7 @@ def disentangled_attention(query, key, value, query_at, key_at, slots, lengths):
     for some in (slice(h, h + step) for h in range(0, len(value), step)):
         rows = zip(*(x[some].split(lengths, 1) for x in (query, key, value, out)), strict=True)
         for (q, k, v, mean), T in zip(rows, lengths, strict=True):  # (H, T, d)
-            s = slots[torch.arange(1 - T, T).clamp(-reach, reach) + reach]  # of all i - j
+            s = slots[torch.arange(1 - T, T, device=slots.device).clamp(-reach, reach) + reach]  # of all i - j
             scores = q.new_empty(len(q), T, T)
             position_scores(torch.Tensor.copy_, scores.mT, k, query_at[some, s])
             position_scores(torch.Tensor.add_, scores, q, key_at[some, s.flip(0)])  # along a row, i - j falls
@@ -795,7 +793,7 @@ class PairRM:
 
     @torch.no_grad()
     def pair_logits(self, prompts, responses):
-        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; M[b, i, i] = 0.
+        """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 where they are equal.
 
         A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
         1,224 tokens and of each y 412 and half of what x leaves over. Raises ValueError unless all prompts have equally
@@ -811,7 +809,7 @@ class PairRM:
             source, *ys = ([i for i in ids if i not in control] for ids in encoded)
             source = [cls, self.marks[0], *source[: 1224 - 3], sep]
             ys = [y[: 412 + (1224 - len(source)) // 2 - 3] for y in ys]
-            for i, j in itertools.permutations(range(k), 2):
+            for i, j in [(i, j) for i, j in itertools.permutations(range(k), 2) if ys[i] != ys[j]]:
                 first, second = [cls, self.marks[1], *ys[i], sep], [cls, self.marks[2], *ys[j], sep]
                 row, at = source + first + second, [1, len(source) + 1, len(source) + len(first) + 1]
                 if not parts or size + len(row) > PAIRRM_TOKENS[self.device.type]:
@@ -866,15 +864,15 @@ class LLMJudge:
     """A chat model behind any OpenAI-compatible server, which reads K responses side by side and gives each 0 to 6.
 
     `points` (B, K) are NaN for a prompt without a verdict. Responses are shown in a random order, seeded by their
-    texts. The same request is made once. No message shows the key, OPENAI_API_KEY.
+    texts. A process asks for a verdict once. No message shows the key, OPENAI_API_KEY.
     """
 
     def __init__(self, url, model):
         given = model and re.fullmatch(r"https?://([^\s/:@]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?", url)
         require(given, "llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
         print(f"judge: {model} at {url}")  # --resume has the address from a file
-        self.url, self.model, self.settings, self.why = url, model, {"temperature": 0}, ""  # why: the last failure
-        self.known = {}  # a request -> its points
+        self.url, self.model, self.settings = url, model, {"temperature": 0}
+        self.known, self.why, self.asked, self.failed = {}, "", 0, 0  # hash of a request -> points; the last failure
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
         require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
         try:
@@ -887,13 +885,15 @@ class LLMJudge:
     def points(self, prompts, responses):
         """prompts: B lists of messages; responses: B lists of K texts -> points (B, K)."""
         with ThreadPool(16) as pool:  # neither Ctrl-C nor a fault waits for its threads
-            rows = torch.tensor([*pool.imap(lambda given: self.grade(*given), zip(prompts, responses, strict=True))])
+            graded = pool.imap_unordered(lambda b: (b, self.grade(prompts[b], responses[b])), range(len(prompts)))
+            rows = torch.tensor([row for _, row in sorted(graded)])
         failed = int(rows.isnan().any(1).sum())
-        said = f"--judge llm: no verdict on {failed} of {len(rows)} prompts, the last: {self.why}"
-        require(2 * failed <= len(rows) or (len(rows) < 20 and failed < len(rows)), said)
+        self.asked, self.failed = self.asked + len(rows), self.failed + failed
+        said = f"--judge llm: no verdict on {self.failed} of {self.asked} prompts, the last: {self.why}"
+        require(2 * self.failed <= self.asked, said)
         if failed:
             print(said)
-        return rows.float()
+        return rows
 
     def __call__(self, prompts, responses):
         points = self.points(prompts, responses)
@@ -921,10 +921,12 @@ class LLMJudge:
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, **settings)
             choice, words = reply.choices[0], len(re.findall(r"\s\w", question))
-            end, read = choice.finish_reason, reply.usage.prompt_tokens if reply.usage else words
+            end, read = choice.finish_reason, getattr(reply.usage, "prompt_tokens", 0) or words
             if end in ("length", "error") or 2 * read < words:  # a token has at most one start of a word
                 raise ValueError(f"cut off: finish_reason {end}, {read} tokens read of {words} words")
-            return read_points(choice.message.content, n)
+            content = choice.message.content or ""
+            parts = content if isinstance(content, list) else [{"text": content}]  # a part of thinking has no text
+            return read_points("".join(part.get("text") or "" for part in parts), n)
         except Exception as error:  # of the connection, the server or its reply
             status, said = getattr(error, "status_code", 0), str(getattr(error, "body", None) or reply)
             if status in (400, 422) and "temperature" in said and settings:
@@ -965,8 +967,7 @@ def load_judge(args, flag="judge"):
     try:
         judge = JUDGES[name](args) if name in JUDGES else PairRM(name, args.device)
     except UserError as error:
-        others = f"; or one of {', '.join(JUDGES)}" if name not in JUDGES else ""
-        raise UserError(f"--{flag} {error}{others}") from error
+        raise UserError(f"--{flag} {error}; the judges by name are {', '.join(JUDGES)}") from error
     hello = [{"role": "user", "content": "Hi!"}]
     preferences(judge, [{"prompt": hello, "responses": [{"text": "a"}, {"text": "b"}]}])
     return judge
@@ -1320,10 +1321,9 @@ def encode_rows(policy, tokenizer, rows, args, flag="--prompts", answers=(), cha
 def sample_responses(policy, tokenizer, rows, k, seed, args):
     """The rows with "responses": k answers by the policy to each, sampled according to the flags."""
     chat, prompts = Chat(policy, tokenizer), [row["prompt_ids"] for row in rows]
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "slots")}
     with progress(total=k * len(rows), desc="sampling", unit="response") as bar:
-        settings |= {"slots": args.slots, "seed": seed, "on_done": bar.update}
-        sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, **settings)
+        sampled = generate(policy, prompts, k=k, eos_ids=chat.stops, seed=seed, on_done=bar.update, **settings)
     answers = ([with_arrays(chat.sampled(y)) for y in ys] for ys in sampled)
     return [{**row, "responses": ys} for row, ys in zip(rows, answers, strict=True)]
 
@@ -1401,8 +1401,8 @@ def weights_mark(folder):
 def read_remainders(policy, folder):
     """Restore the float32 master from the folder's master.remainders, unless another tool wrote the weights there."""
     with safe_open(folder / "master.remainders", "pt", str(policy.device)) as file:  # "cuda" would be cuda:0
-        if (file.metadata() or {}).get("weights") != weights_mark(folder):
-            print(f"{folder}/master.remainders is not used: another tool wrote the weights beside it")
+        if (file.metadata() or {}).get("sha256") != weights_mark(folder):
+            print(f"{folder}/master.remainders is not used: another tool, or version, wrote the weights beside it")
             return
         for n, p in policy.named_parameters():
             if p.dtype == torch.float32:
@@ -1456,7 +1456,7 @@ def save_policy(policy, tokenizer, folder):
     tokenizer.save_pretrained(part)
     remainders = {n: p.master_remainder for n, p in policy.named_parameters() if hasattr(p, "master_remainder")}
     if remainders:  # of a bf16 policy
-        save_file(remainders, part / "master.remainders", {"weights": weights_mark(part)})
+        save_file(remainders, part / "master.remainders", {"sha256": weights_mark(part)})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
@@ -1578,7 +1578,7 @@ def evaluate(policy, tokenizer, judges, held_out, run, t, args):
     rows = sample_responses(policy, tokenizer, held_out, 1, f"{args.seed} evaluate {t}", args)
     texts = [(plain_text(row["prompt"]), row["responses"][0]["text"]) for row in rows]
     outputs = [{"instruction": x, "output": y, "generator": run.name} for x, y in texts]
-    write(folder / "outputs.json", json.dumps(outputs, indent=2))
+    write(folder / "outputs.json", [json.dumps(outputs, indent=2) + "\n"])
     rows = add_logps(policy, rows, "logps", args.micro_tokens)
     write_jsonl(folder / "answers.jsonl", rows)
 
@@ -1664,7 +1664,7 @@ def start_run(args, main):
             versions["commit"] = done.stdout.strip()
         facts = {"script": file.stem, "program": Path(getattr(sys.modules["__main__"], "__file__", "notebook")).name}
         facts |= {"replaced": replaced_functions(main), "versions": versions}
-        write(run / "config.json", json.dumps(vars(args) | facts, indent=2))
+        write(run / "config.json", [json.dumps(vars(args) | facts, indent=2) + "\n"])
     config, path = load_config(args.model)
     theirs = config.to_json_string(), getattr(config, "_commit_hash", None), weights_mark(path)
     check_fingerprint(args, f"--model {args.model}", theirs)
@@ -1735,7 +1735,7 @@ def check_fingerprint(args, what, value):
         mark = digest(value)
         known = config.setdefault("fingerprints", {}).setdefault(what, mark)
         require(known == mark, f"--resume {folder}: {what} has changed since the run began; start a new one")
-        write(folder / "config.json", json.dumps(config, indent=2))
+        write(folder / "config.json", [json.dumps(config, indent=2) + "\n"])
 
 
 def print_numbers(t, row):
@@ -1779,6 +1779,8 @@ def finish_run(run, history):
     require(len(history) > 1, f"no training pairs: all responses tied or the margins were too small; {remedy}")
     final, best = run / "final", max(history[1:], key=lambda row: row.get("wins_vs_start", 1))  # 1: without a judge
     t, wins = best["iterate"], best.get("wins_vs_start", 1)
+    require((run / f"iter_{t}/policy").exists(), f"{run}/iter_{t}/policy, the best, is gone; begin a new run")
+    shutil.rmtree(final, ignore_errors=True)  # a folder, as a copy of the run may have it
     final.unlink(missing_ok=True)
     if wins <= 0.5:
         print(f"no iterate beats the base model, the best wins {wins:.3g}: no {final}; lower --learning_rate")
@@ -1799,7 +1801,7 @@ def tracker(args, run):
         module = importlib.import_module(args.track)
         module.init(project="general-preferences", name=run.name, config=vars(args), resume="allow", **same)
     except Exception as error:  # it is not installed, or has no key
-        raise UserError(f"--track {args.track}: {error}; pip install {args.track}") from error
+        raise UserError(f"--track {args.track}: {error}; it needs pip install {args.track}") from error
     return lambda kind, row: module.log(
         {f"{kind}/{name}": x for name, x in row.items() if isinstance(x, int | float)}, step=row["step"]
     )
@@ -1889,9 +1891,7 @@ def estimate_hours(policy, judge, parts, held_out, args):
 
 
 def flag(default, help, low=0, high=1e9, free=False):
-    """A field of a script's Args. Numbers must lie in [low, high]. --resume may change a free flag: it decides where,
-    how fast and with how much memory a run resumes, not what it learns.
-    """
+    """A field of a script's Args. Numbers lie in [low, high]; --resume may change free ones, which change no result."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
 
 
@@ -1906,7 +1906,7 @@ def parse_flags(main, args_class, recipes, description, argv):
         kind = {"type": field.type}
         if field.type is bool:  # --dry_run, or --dry_run True
             kind = {"nargs": "?", "const": True, "type": lambda word: json.loads(word.lower()), "metavar": "BOOL"}
-        elif choices := typing.get_args(field.type):  # of a Literal
+        elif choices := getattr(field.type, "__args__", ()):  # of a Literal
             kind = {"choices": choices}
         parser.add_argument(f"--{field.name}", default=field.default, help=field.metadata["help"], **kind)
     # A first look at --model, --recipe and --resume, which decide the defaults; --help waits for these.

@@ -108,7 +108,7 @@ class Args:
     max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
     learning_rate: float = flag(1.5e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
-    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of all; then decay to 0.")
+    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of the schedule; then decay to 0.")
     epochs: int = flag(1, "Passes over the pairs of an iteration.", low=1)
     batch_size: int = flag(64, "Pairs per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
@@ -120,7 +120,7 @@ class Args:
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Load all, print memory, disk, steps and hours to expect, then exit.", free=True)
-    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
@@ -308,7 +308,7 @@ def main(args):
             rows = [{**row, "responses": [*row["responses"], row["gold"]]} for row in rows]
         # Alg. 2, line 5: rank all K + 1
         rank = partial(rank_responses, judge, args=args)
-        ranked = read_or_make(folder / "preferences.jsonl", rows, rank, chunk=512)
+        ranked = read_or_make(folder / "preferences.jsonl", rows, rank, chunk=128)
         # Alg. 2, line 6: pairs with a large margin
         pairs = make_pairs(rows, ranked, args)
         report_pairs(t, rows, pairs, began)

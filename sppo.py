@@ -103,7 +103,7 @@ class Args:
     max_new_tokens: int = flag(16, "A response is truncated at this length.", low=1)
     # optimiser
     learning_rate: float = flag(2e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
-    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of all; then decay to 0.")
+    warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of the schedule; then decay to 0.")
     epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
     schedule_epochs: int = flag(0, "Epochs that warmup and decay span; training stops after --epochs. 0: --epochs.")
     batch_size: int = flag(16, "Prompts per optimiser step; the last of an epoch may have fewer.", low=1)
@@ -116,7 +116,7 @@ class Args:
     name: str = flag("", "Name of the folder runs/NAME. Default: script, model, seed and time.")
     resume: str = flag("", "Resume the run in this folder, with its flags.", free=True)
     dry_run: bool = flag(False, "Load all, print memory, disk, steps and hours to expect, then exit.", free=True)
-    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics and samples there.", free=True)
+    track: Literal["", "wandb", "trackio"] = flag("", "Log metrics there.", free=True)
     seed: int = flag(1, "Seed for splits, sampling and shuffling.")
     device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu", "Where to run.", free=True)
 
@@ -247,7 +247,7 @@ def main(args):
         respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
         rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
         # Alg. 1, line 4: prefs[b, i, j] = P(y_i > y_j)
-        prefs = read_or_make(folder / "preferences.jsonl", rows, lambda some: preferences(judge, some).tolist(), 512)
+        prefs = read_or_make(folder / "preferences.jsonl", rows, lambda some: preferences(judge, some).tolist(), 128)
         prefs = truncated_lose(torch.tensor(prefs), rows)  # departure 1
         prefs = prefs if args.preference == "paper" else official_prefs(prefs)
         # Alg. 1, line 5: win rates against pi_t, and the responses to train on

@@ -109,8 +109,8 @@ OWN = {"judge": "rules", "limit": 320, "n_eval": 64, "iterations": 2, "k": 4, "m
 OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "batch_size": 8, "warmup_steps": 0.2}
 OWN |= {"learning_rate": 1e-5, "micro_tokens": 1024}
 GIVEN = {key: value for key, value in OWN.items() if key not in ("limit", "iterations", "k")}
-GIVEN["learning_rate"] = 3e-6  # with which the log-ratios are like those of SPPO; 1e-5 overshoots
-DNO = {**OWN, "limit": 160, "sft_alpha": 0.0}  # which makes three pairs of a prompt
+GIVEN["learning_rate"] = 3e-6  # losses without a target overshoot at 1e-5
+DNO = {**OWN, "limit": 160, "learning_rate": 3e-6, "sft_alpha": 0.0}  # it makes three pairs of a prompt
 METHODS = {
     "sppo": (sppo, OWN),
     "dno": (dno, {**DNO, "gold": ""}),

@@ -118,7 +118,7 @@ BAD = [  # script, flags, words of the one line
     (sppo, "--model no_model", "--model no_model"),
     (sppo, "--model bad_model", "--model bad_model"),
     (sppo, "--model no_weights --judge digits --max_new_tokens 16", "--model no_weights"),
-    (sppo, "--judge nobody", "give a folder, or a hub id ORG/NAME; or one of digits, pairrm, llm"),
+    (sppo, "--judge nobody", "give a folder, or a hub id ORG/NAME; the judges by name are digits, pairrm, llm"),
     (sppo, "--judge=", "--judge : no PairRM"),
     (sppo, "--judge no_model", "--judge no_model: no PairRM"),
     (sppo, "--judge pairrm", "--judge llm-blender/PairRM-hf"),
@@ -129,7 +129,7 @@ BAD = [  # script, flags, words of the one line
         "--judge llm --judge_url http://127.0.0.1:9 --judge_model m",
         "Connection refused",
     ),
-    (sppo, "--track trackio", "None in sys.modules; pip install trackio"),
+    (sppo, "--track trackio", "None in sys.modules; it needs pip install trackio"),
 ]
 
 

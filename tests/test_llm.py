@@ -145,14 +145,14 @@ def test_a_refused_temperature_is_left_out(serve):
     assert ["temperature" in request for request in judge.requests] == [True, False, False]
 
 
-def test_failures_of_most_of_many_prompts_end_the_run(serve, capsys):
+def test_failures_of_most_prompts_end_the_run(serve, capsys):
     judge = serve(lambda question: "What?" if "bad" in question else fair(question))
-    assert points(judge, ["1", "bad 1", "bad 2"])[0] == [3, 4]  # two of three, but of few
+    assert points(judge, ["1", "bad 1"])[0] == [3, 4]  # half of them
     said = capsys.readouterr().out
-    assert "no verdict on 2 of 3 prompts, the last: http" in said and "does not give each answer" in said
-    points(judge, [str(n) for n in range(2, 22)] + [f"bad {n}" for n in range(20)])  # half of many
-    said = stopped(capsys, points, judge, [*(f"bad {n}" for n in range(21)), *map(str, range(19))])
-    assert "no verdict on 21 of 40 prompts" in said
+    assert "no verdict on 1 of 2 prompts, the last: http" in said and "does not give each answer" in said
+    points(judge, [str(n) for n in range(2, 22)] + [f"bad {n}" for n in range(20)])
+    said = stopped(capsys, points, judge, ["bad 20", "bad 21", "22"])
+    assert "no verdict on 23 of 45 prompts" in said
     said = stopped(capsys, points, serve("What?"), ["never"])  # nothing ever came back
     assert "no verdict on 1 of 1 prompts, the last: http" in said and "What?" in said
 

@@ -94,7 +94,10 @@ def test_remainders_that_belong_to_other_weights_are_not_used(tmp_path, tokenize
     save_file(theirs, tmp_path / "mine/model.safetensors", metadata={"format": "pt"})  # as another trainer
     again = load_policy(tmp_path / "mine")[0]
     assert all(torch.equal(p, theirs[name]) for name, p in again.named_parameters())
-    assert "mine/master.remainders is not used: another tool wrote the weights beside it" in capsys.readouterr().out
+    assert (
+        "mine/master.remainders is not used: another tool, or version, wrote the weights beside it"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_mark_of_weights_sees_every_tensor(tmp_path):

@@ -10,10 +10,12 @@ import sys
 import threading
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest  # noqa: F401  (where common.py is, for `python tests/test_resume.py`)
 import numpy
 import pytest
+import sample_with_vllm
 import torch
 import whole_iteration
 from safetensors.torch import load_file
@@ -375,7 +377,7 @@ def test_a_run_in_which_another_process_works_is_left_alone(workdir, capsys):
     cli(sr_dpo, "--name", "y", "--dry_run")
     assert {path: path.read_bytes() for path in Path("runs/x").rglob("*") if path.is_file()} == before
     with pytest.raises(common.UserError, match="another process works on this run"):
-        common.lock(Path("runs/x"))
+        common.start_run(sr_dpo.Args(resume="runs/x"), sr_dpo.main)
 
 
 def test_flags_that_were_edited_in_config_json_are_refused(workdir, capsys):
@@ -412,11 +414,6 @@ def test_a_signal_ends_a_run_in_one_line_and_the_run_resumes(workdir, capsys, mo
     assert result(Path("runs/x")) == result(Path("runs/whole"))
 
 
-if __name__ == "__main__":
-    os.environ |= dict(zip(("KILLS", "SEED"), sys.argv[1:], strict=False))
-    sys.exit(pytest.main([__file__, "-k", "killed_anywhere"]))
-
-
 def test_token_ids_are_read_as_arrays_and_written_as_lists(workdir):
     row = {
         "prompt": [{"role": "user", "content": "a\u2028b"}],
@@ -435,3 +432,33 @@ def test_token_ids_are_read_as_arrays_and_written_as_lists(workdir):
         common.write_jsonl(Path("x.jsonl"), [{"ids": ids}])
         with pytest.raises(common.UserError, match="damaged"):
             common.read_jsonl(Path("x.jsonl"))
+
+
+def test_samples_of_vllm_are_the_runs_own(workdir, monkeypatch):
+    class Engine:  # as vLLM answers: token_ids with the token that ended the answer
+        def __init__(self, model, dtype, seed):
+            self.policy, self.seed = common.load_policy(model)[0], seed
+
+        def generate(self, prompts, settings):
+            ids = [prompt["prompt_token_ids"] for prompt in prompts]
+            assert {type(x) for x in ids} == {list}  # which vLLM wants
+            more = {"k": settings.n, "max_new_tokens": settings.max_tokens, "eos_ids": settings.stop_token_ids}
+            rows = common.generate(self.policy, ids, seed=self.seed, **more)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(y)) for y in row]) for row in rows]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
+    flags = [f"--{name}={value}" for name, value in {**JOBS["sppo"][1], "iterations": 1, "name": "x"}.items()]
+    cli(sppo, *flags)
+    shutil.rmtree(workdir / "runs/x/iter_1")  # as if it had been stopped before it sampled
+    common.write_jsonl(workdir / "runs/x/metrics.jsonl", lines(workdir / "runs/x/metrics.jsonl")[:1])
+    sample_with_vllm.main("runs/x", 1)
+    written = (workdir / "runs/x/iter_1/responses.jsonl").read_bytes()
+    cli(sppo, "--resume", "runs/x")
+    assert (workdir / "runs/x/iter_1/responses.jsonl").read_bytes() == written
+    assert len(json.loads(written.splitlines()[0])["responses"]) == 3
+    assert len(lines(workdir / "runs/x/metrics.jsonl")) == 2
+
+
+if __name__ == "__main__":
+    os.environ |= dict(zip(("KILLS", "SEED"), sys.argv[1:], strict=False))
+    sys.exit(pytest.main([__file__, "-k", "killed_anywhere"]))
