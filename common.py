@@ -2,7 +2,7 @@
 
     1. Log-probs                  227  token_logps, the fused head; response_logps: log pi(y|x), the sum over a response
     2. Generation                 246  generate: K samples per prompt, from a KV cache whose rows are refilled
-    3. Optimiser                   83  SplitMaster: RMSprop for bf16 weights with an exact float32 master
+    3. Optimiser                   84  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     335  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    355  prompts and pairs of the usual shapes; Chat: from conversations to token ids
     6. Models and checkpoints     173  load, check, save; the built-in `tiny`
@@ -184,7 +184,7 @@ def token_logps(hidden, weight, targets, *, scale=1.0, softcap=0.0, ignore_index
         shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
         raise ValueError(f"token_logps wants hidden (..., D), weight (V, D), targets (...), got {shapes}")
     with_slopes = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    flat, ignored = (hidden if scale == 1 else hidden * scale).flatten(0, -2), targets == ignore_index
+    flat, ignored = (hidden if scale == 1 else hidden * scale).reshape(-1, weight.shape[1]), targets == ignore_index
     logps = TokenLogps.apply(flat, weight, targets.masked_fill(ignored, 0).flatten(), softcap, with_slopes)
     return logps.view(targets.shape).masked_fill(ignored, 0)
 
@@ -310,7 +310,7 @@ def row_logps_triton(logits, targets, softcap, slopes=None):
 
 
 # 2. Generation --------------------------------------------------------------------------------------------------------
-SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens that are decoded before the host looks which responses have ended
+SYNC_EVERY = {"cpu": 1, "cuda": 8}  # tokens decoded between the host's checks for finished responses
 PREFILL = 2**13  # tokens, with padding, of the prompts that are prefilled together
 
 
@@ -386,7 +386,7 @@ def decoding(config):
 
 
 def slot_bytes(config, length, size):
-    """Bytes of a slot: keys and values for `length` tokens, `size` bytes each, and 64 per word of the vocabulary."""
+    """Bytes of a slot: keys and values for `length` tokens, `size` bytes each, plus 64 per vocabulary entry."""
     c = config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -413,7 +413,7 @@ def capture(step, device):
     recording = torch.cuda.graph(graph)
     stream = recording.capture_stream  # the same in all calls: cuBLAS keeps 32 MiB for each stream it has ever seen
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what comes with a first call, like compilation, is no part of a graph
+    with torch.cuda.stream(stream):  # first-call work such as compilation must stay out of the graph
         step()
     torch.cuda.current_stream().wait_stream(stream)
     with recording:
@@ -443,7 +443,7 @@ def generate(
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     out = [[None] * k for _ in prompts]
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # prompts to prefill, the shortest last
-    prefilled, waiting = None, []  # a few prompts' keys and values; their samples (i, j, which of the few) without row
+    prefilled, waiting = None, []  # a few prompts' keys and values; samples without a row yet (i, j, which of the few)
     idle, owner, step = list(range(slots)), {}, None  # rows without a sample; row -> its sample (i, j)
     # What decoding changes stays on the device. Column 0 is the prompt's last token; the last column takes what a row
     # writes after its end.
@@ -634,7 +634,8 @@ def make_optimizer(policy, lr, warmup_steps, steps):
     kind = SplitMaster if policy.dtype == torch.bfloat16 else torch.optim.RMSprop  # which compute the same
     optimizer = kind(policy.parameters(), lr, alpha=0.99, eps=1e-8)
     warmup = int(warmup_steps if warmup_steps >= 1 else warmup_steps * steps)
-    require(warmup <= steps, f"--warmup_steps {warmup_steps}: the schedule has {steps} steps; lower it")
+    if warmup > steps:
+        print(f"--warmup_steps {warmup}: the schedule has {steps} steps, so the rate never reaches --learning_rate")
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
 
 
@@ -658,7 +659,7 @@ def preferences(judge, rows):
 
 
 def truncated_lose(prefs, rows):
-    """prefs (B, K, K), but a truncated response loses to any finished one; of two truncated ones the judge decides."""
+    """prefs (B, K, K), but a truncated response loses to a finished one; between truncated ones the judge decides."""
     finished = torch.tensor([[y["finished"] for y in row["responses"]] for row in rows]).float()
     lead = finished[:, :, None] - finished[:, None, :]  # 1: i is finished, j is truncated
     return torch.where(lead == 0, prefs, (1 + lead) / 2)
@@ -795,8 +796,8 @@ class PairRM:
     def pair_logits(self, prompts, responses):
         """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 where they are equal.
 
-        A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], of x at most
-        1,224 tokens and of each y 412 and half of what x leaves over. Raises ValueError unless all prompts have equally
+        A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], x cut
+        to 1,224 tokens, each y to 412 plus half of what x leaves unused. Raises ValueError unless all prompts have as
         many responses.
         """
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -817,7 +818,7 @@ class PairRM:
                 parts[-1].append((row, [size + place for place in at], (b, i, j)))
                 size += len(row)
         logits = torch.zeros(len(prompts), k, k)
-        # float16, as in llm-blender: in bf16 P is off by up to 0.008. Entered once, as it casts the weights.
+        # float16, as in llm-blender: in bf16 P is off by up to 0.008. Entered once, as each entry recasts the weights.
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             for part in parts:
                 rows, at, places = zip(*part, strict=True)
@@ -864,17 +865,17 @@ class LLMJudge:
     """A chat model behind any OpenAI-compatible server, which reads K responses side by side and gives each 0 to 6.
 
     `points` (B, K) are NaN for a prompt without a verdict. Responses are shown in a random order, seeded by their
-    texts. A process asks for a verdict once. No message shows the key, OPENAI_API_KEY.
+    texts. Each verdict is requested once per process. No message shows the key, OPENAI_API_KEY.
     """
 
     def __init__(self, url, model):
         given = model and re.fullmatch(r"https?://([^\s/:@]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?", url)
         require(given, "llm: give --judge_url, like http://localhost:8000/v1, and --judge_model")
-        print(f"judge: {model} at {url}")  # --resume has the address from a file
+        print(f"judge: {model} at {url}")  # on --resume the address comes from config.json
         self.url, self.model, self.settings = url, model, {"temperature": 0}
         self.known, self.why, self.asked, self.failed = {}, "", 0, 0  # hash of a request -> points; the last failure
         self.key = os.getenv("OPENAI_API_KEY", "").strip() or "no-key"
-        require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY has a character that no key has; set it again")
+        require(re.fullmatch("[!-~]+", self.key), "llm: OPENAI_API_KEY contains an invalid character; set it again")
         try:
             openai = importlib.import_module("openai")
             http = openai.DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
@@ -884,7 +885,7 @@ class LLMJudge:
 
     def points(self, prompts, responses):
         """prompts: B lists of messages; responses: B lists of K texts -> points (B, K)."""
-        with ThreadPool(16) as pool:  # neither Ctrl-C nor a fault waits for its threads
+        with ThreadPool(16) as pool:  # Ctrl-C and errors do not wait for its threads
             graded = pool.imap_unordered(lambda b: (b, self.grade(prompts[b], responses[b])), range(len(prompts)))
             rows = torch.tensor([row for _, row in sorted(graded)])
         failed = int(rows.isnan().any(1).sum())
@@ -946,7 +947,7 @@ def read_points(reply, n):
     """
     text, pairs = reply.rstrip().removesuffix("```").rstrip(), []
     for brace in re.finditer("{", text):
-        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON up to the end
+        with contextlib.suppress(ValueError, RecursionError):  # not valid JSON up to the end
             pairs = json.loads(text[brace.start() :], strict=False, object_pairs_hook=list)  # keys may come twice
     found = sorted((int(key[2:-6]), str(score)) for key, score in pairs if re.fullmatch(r"id\d+_score", key))
     if [i for i, _ in found] != list(range(n)) or not all(re.fullmatch(r"[0-6](\.0)?", score) for _, score in found):
@@ -1009,7 +1010,7 @@ def load_rows(flag, source, read, limit=0):
 
 
 def dataset_rows(flag, source):
-    """The rows of a dataset. Local files are read each time, without a cache, so that their content decides.
+    """The rows of a dataset. Local files are read each time, without a cache, so that edits are always seen.
 
     source: a .jsonl, .json or .parquet file, plain or .gz, or NAME, NAME:split or NAME:config:split of a folder of such
     files, of a folder of Dataset.save_to_disk, or of a dataset on the hub. Raises UserError if it cannot be loaded.
@@ -1034,7 +1035,7 @@ def dataset_rows(flag, source):
                 yield from file_rows(file)
         else:
             yield from datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # datasets, pyarrow, gzip and the hub each have errors of their own
+    except Exception as error:  # datasets, pyarrow, gzip and the hub each raise their own
         why = str(error.__cause__ or error)[:300]
         wanted = "a .jsonl, .json or .parquet file, a folder or hub dataset as NAME, NAME:split or NAME:config:split"
         raise UserError(f"{flag} {source}: cannot be loaded ({why}); give {wanted}") from error
@@ -1076,7 +1077,7 @@ def read_prompt(row):
     texts += [turn["content"] if isinstance(turn, dict) else turn for turn in turns[:1]]
     given = row.get("prompt") or (texts[0] if len(texts) == 1 else "\n\n".join(texts))
     if row.get("prompt") and any(text != given for text in texts):
-        raise Refused("with another question beside its prompt")
+        raise Refused("with a question that differs from its prompt")
     prompt = as_messages(given or row.get("messages") or row["chosen"])
     if prompt and prompt[-1]["role"] == "assistant" and not (given and prompt[-1]["content"]):  # given: "Assistant:"
         prompt = prompt[:-1]
@@ -1093,7 +1094,7 @@ def read_prompt(row):
 
 
 def read_answer(value, prompt):
-    """Text, or the last turn of a transcript or of messages, which repeat the prompt's last turns or none."""
+    """The answer: text, or the last turn of a transcript or messages, whose other turns repeat the prompt's last."""
     turns = as_messages(value)
     if turns[0]["content"] == value:
         return value
@@ -1104,7 +1105,7 @@ def read_answer(value, prompt):
 
 
 def read_gold(row):
-    """{"prompt", "gold"}: a teacher's answer, of UltraFeedback gpt-4's."""
+    """{"prompt", "gold"}: a teacher's answer (for UltraFeedback, gpt-4's)."""
     texts = [y["response"] for y in unpack(row.get("completions", [])) if y["model"] == "gpt-4"]
     texts += [row[name] for name in ANSWERS if name in row]
     prompt = read_prompt(row)
@@ -1181,10 +1182,10 @@ class Chat:
         with contextlib.suppress(Refused):  # some end an answer only where the next turn begins
             behind += self.write([user, *following], generation=False).split(ANSWER)[1]
         end = next((i for i in self.tokens(behind) if i in added or i in self.stops), None)
-        require(end is not None, "--model: its chat template ends answers by no token: add {{ eos_token }} to it")
+        require(end is not None, "--model: its chat template puts no end token after answers: add {{ eos_token }}")
         self.end = "".join(behind.partition(tokenizer.decode([end]))[:2])
         if end not in self.stops:
-            print(f"the chat template ends a turn with {self.end.strip()}, which is not EOS: it stops answers, too")
+            print(f"the chat template ends a turn with {self.end.strip()}, which is not EOS: it now ends answers, too")
             policy.generation_config.eos_token_id = self.stops = sorted([*self.stops, end])
         between = prompt.split(USER)[1]
         special = {i: t.content for i, t in added.items() if t.special or i in self.stops}
@@ -1212,7 +1213,7 @@ class Chat:
         try:
             asks = generation and not answer
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
-        except Exception:  # a template raises what it wants to
+        except Exception:  # a template may raise anything
             raise Refused("rejected by the chat template") from None
 
     def tokens(self, text):
@@ -1243,7 +1244,7 @@ class Chat:
         wanted, got = ("".join(text.split()) for text in (answer, self.opened + whole.removeprefix(prompt)))
         start, ids = self.encode(prompt), self.encode(whole)
         same = whole.startswith(prompt) and wanted in got
-        if ids[: len(start)] != start:  # a token reaches over the prompt's end
+        if ids[: len(start)] != start:  # a token straddles the end of the prompt
             both, ids = ids, start + self.tokens(whole.removeprefix(prompt))
             same = same and self.tokenizer.decode(both) == self.tokenizer.decode(ids)
         if not same:
@@ -1360,14 +1361,14 @@ def load_policy(name, device="cpu", checkpointing=False):
     UserError for a model that cannot be loaded, or that this project would compute wrongly.
     """
     config, path = load_config(str(name))
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2: only eager attention does it
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # Gemma 2: eager attention alone has it
     settings = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     settings |= {"config": config, "attn_implementation": "eager" if capped else None}  # None: not config.json's
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         policy, report = transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
-        policy.to(device).eval()  # dropout has no place in any log-prob here
+        policy.to(device).eval()  # log-probs must be computed without dropout
         if (Path(path) / "master.remainders").exists():
             read_remainders(policy, Path(path))
     except Exception as error:
@@ -1439,7 +1440,7 @@ def check_architecture(policy, name):
             logp, tolerance = (picked - logits.logsumexp(1)).sum(), noise * logits.abs().max().item()
             right &= (logits.amax(1) - picked).max().item() < tolerance
             right &= abs((response_logps(policy, [x], [y]) - logp).item()) < tolerance
-    except Exception as error:  # a model's code raises what it wants to
+    except Exception as error:  # a model's code may raise anything
         raise UserError(f"--model {name}: its attention or cache is not supported ({error})"[:400]) from error
     finally:
         for x, window in zip(windowed, windows, strict=True):
@@ -1759,7 +1760,7 @@ def report_pairs(t, rows, pairs, began):
 
 
 def finish_iterate(run, history, log, metrics, policy=None, tokenizer=None, steps=(), pairs=()):
-    """Write an iterate's files and print its metrics. Once its row is in metrics.jsonl, --resume treats it as done."""
+    """Write an iterate's files, append its metrics to `history` and metrics.jsonl, which marks it done; print them."""
     t = len(history)
     folder = run / f"iter_{t}"
     if policy:
@@ -1818,7 +1819,7 @@ def read_config(folder):
 
 
 def count_parameters(name, config):
-    """The number of parameters of a model with this configuration. Raises UserError if it is no causal LM."""
+    """The number of parameters of a model with this configuration. Raises UserError if it is not a causal LM."""
     try:
         slot_bytes(config, 1, 1)  # fails for a model without attention
         with torch.device("meta"):
@@ -1891,7 +1892,7 @@ def estimate_hours(policy, judge, parts, held_out, args):
 
 
 def flag(default, help, low=0, high=1e9, free=False):
-    """A field of a script's Args. Numbers lie in [low, high]; --resume may change free ones, which change no result."""
+    """A field of a script's Args. Numbers lie in [low, high]; --resume may change free ones: where and how fast."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
 
 
@@ -1952,7 +1953,7 @@ def cli(main, args_class, recipes, description, argv=None):
     """Parse the command line, print what the run needs, and call main(args).
 
     A UserError or an OSError, such as a full disk, becomes one line and exit code 2; Ctrl-C, SIGTERM and SIGHUP become
-    one line and exit code 128 + the signal's number. No other function reads sys.argv, prints errors or exits.
+    one line and exit code 128 + the signal's number. No other function reads sys.argv or prints errors.
     """
 
     def stop(number, _):

@@ -4,8 +4,8 @@ Wu et al. 2024, arXiv 2405.00675 (ICLR 2025), Algorithm 1 with the loss of eq. 4
 answers every prompt K times, a judge estimates the probability that each is preferred to each other, and the policy
 moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
-    python sppo.py                       the built-in task, two minutes on two CPU cores: 0.14 -> 0.89 right
-    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in thirds, PairRM; one 80 GB GPU; untested
+    python sppo.py                       the built-in task, two minutes on one CPU core: 0.14 -> 0.89 right
+    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in thirds, PairRM; 80 GB of GPU; not run whole
     python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    your model, data and judge
 
 It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_T/{responses,preferences,pairs,steps,
@@ -75,7 +75,7 @@ from common import (
 
 @dataclass
 class Args:
-    """The defaults are those of the built-in digits task; RECIPES below holds the paper's values for real models."""
+    """The defaults are those of the built-in digits task; RECIPES below has the paper's, and ours for small models."""
 
     # model and data
     model: str = flag("tiny", "Policy to train: a short name from the list above, a folder, or a hub id.")
@@ -104,7 +104,7 @@ class Args:
     # optimiser
     learning_rate: float = flag(2e-4, "Peak learning rate of RMSprop.", low=1e-12, high=1)
     warmup_steps: float = flag(0.1, "Linear warmup, in steps or, below 1, as a share of the schedule; then decay to 0.")
-    epochs: int = flag(3, "Passes over the pairs of an iteration.", low=1)
+    epochs: int = flag(3, "Passes over the pairs.", low=1)
     schedule_epochs: int = flag(0, "Epochs that warmup and decay span; training stops after --epochs. 0: --epochs.")
     batch_size: int = flag(16, "Prompts per optimiser step; the last of an epoch may have fewer.", low=1)
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.", low=1e-6)
@@ -243,7 +243,7 @@ def main(args):
 
     for t in range(len(history), args.iterations + 1):  # Alg. 1, line 2
         folder, seed, began = run / f"iter_{t}", f"{args.seed} iteration {t}", time.time()
-        # Alg. 1, line 3: K responses {"text", "ids", "finished"} to each prompt from pi_t. What the file has is kept.
+        # Alg. 1, line 3: K responses {"text", "ids", "finished"} to each prompt, from pi_t; rows in the file are kept.
         respond = partial(sample_responses, policy, tokenizer, k=args.k, seed=seed, args=args)
         rows = read_or_make(folder / "responses.jsonl", parts[t - 1], respond)
         # Alg. 1, line 4: prefs[b, i, j] = P(y_i > y_j)

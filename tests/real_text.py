@@ -110,11 +110,11 @@ OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "ba
 OWN |= {"learning_rate": 1e-5, "micro_tokens": 1024}
 GIVEN = {key: value for key, value in OWN.items() if key not in ("limit", "iterations", "k")}
 GIVEN["learning_rate"] = 3e-6  # losses without a target overshoot at 1e-5
-DNO = {**OWN, "limit": 160, "learning_rate": 3e-6, "sft_alpha": 0.0}  # it makes three pairs of a prompt
+DNO = {**OWN, "limit": 160, "sft_alpha": 0.0}  # it makes three pairs of a prompt
 METHODS = {
     "sppo": (sppo, OWN),
     "dno": (dno, {**DNO, "gold": ""}),
-    "dno_teacher": (dno, DNO),
+    "dno_teacher": (dno, {**DNO, "learning_rate": 3e-6}),
     "dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.0}),
     "sr_dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.3}),
 }
@@ -189,6 +189,7 @@ def run(method, seed, settings):
     result = {"command": shlex.join(["python", "tests/real_text.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d")}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     result |= {"where": f"{measure.cpu()}, {torch.get_num_threads()} threads; {versions}", "minutes": minutes}
+    flags["model"] = Path(flags["model"]).name
     result |= {"settings": {key: str(x) for key, x in flags.items()}, "table": table, "log_ratios": log_ratios}
     return result | {"answers": [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in some]}
 
@@ -220,7 +221,7 @@ def rows_of_summary(results=measure.RESULTS):
         seeds = [json.loads(file.read_text())["table"] for file in sorted(results.glob(f"real_{method}_[0-9].json"))]
         if seeds:
             cells = [f"{name}, {len(seeds)} seed" + "s" * (len(seeds) > 1)]
-            for column in ("kept", "kept of two"):
+            for column in ("kept", "kept of two", "topic named"):
                 cells.append(" → ".join(f"{mean(rows[t]['unseen'][column] for rows in seeds):.2f}" for t in (0, -1)))
             cells += [f"{mean(rows[-1][x] for rows in seeds):.3f}" for x in ("wins_vs_start", "wins_at_equal_length")]
             yield f"| {' | '.join(cells)} |"

@@ -191,7 +191,7 @@ def test_a_turn_that_is_not_written_or_only_seems_to_be_is_refused():
         ("{{ raise_exception('no') }}", "does not write a question and its answer"),
         (EACH + TURN + TURN + END + HEADER, "does not write a question and its answer"),
         (PARTS, "does not write a question and its answer as text"),
-        (LINES, "its chat template ends answers by no token: add {{ eos_token }}"),
+        (LINES, "its chat template puts no end token after answers: add {{ eos_token }}"),
         (EACH + TURN + END, "its chat template has no generation prompt: make it append '<|im_start|>assistant\\n'"),
     ],
 )

@@ -220,7 +220,7 @@ def test_the_key_may_end_in_a_newline_and_is_never_shown(serve, capsys, monkeypa
     assert points(judge, ["two"]) == [[3, 4]] and judge.requests[0]["key"] == "Bearer no-key"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nkey")
     said = stopped(capsys, LLMJudge, judge.url, "a-model")
-    assert "OPENAI_API_KEY has a character that no key has" in said and "sk-" not in said
+    assert "OPENAI_API_KEY contains an invalid character" in said and "sk-" not in said
 
 
 def test_without_openai_the_message_says_what_to_install(serve, capsys, monkeypatch):

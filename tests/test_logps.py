@@ -125,6 +125,8 @@ def test_no_tokens_and_shapes_that_do_not_fit():
     logps = token_logps(hidden, weight, torch.zeros(0, dtype=torch.long))
     grads = torch.autograd.grad(logps.sum(), [hidden, weight])
     assert logps.shape == (0,) and grads[0].shape == (0, 4) and torch.equal(grads[1], torch.zeros(9, 4))
+    one = token_logps(torch.ones(4), torch.zeros(9, 4), torch.tensor(3))
+    assert one.shape == () and one.item() == pytest.approx(-math.log(9))
     for d, n in ((5, 3), (4, 2)):
         with pytest.raises(ValueError, match="token_logps wants"):
             token_logps(torch.zeros(3, 4), torch.zeros(9, d), torch.zeros(n, dtype=torch.long))

@@ -167,6 +167,15 @@ def test_the_schedule_may_be_longer_than_the_training(workdir):
     assert [row["learning_rate"] for row in steps] == pytest.approx([0, 1e-5, 2e-5, 3e-5])
 
 
+@pytest.mark.parametrize(("warmup", "rates"), [(2.0, [0, 4e-5, 8e-5, 4e-5]), (0.5, [0, 4e-5, 8e-5, 4e-5]), (8.0, None)])
+def test_a_warmup_is_a_number_of_steps_or_a_share_of_them(workdir, capsys, warmup, rates):
+    few = {"limit": 60, "n_eval": 4, "iterations": 1, "epochs": 1, "learning_rate": 8e-5, "batch_size": 15}
+    folder, _ = run(sppo, **few, warmup_steps=warmup)
+    found = [row["learning_rate"] for row in lines(folder / "iter_1/steps.jsonl")]
+    assert found == pytest.approx(rates or [0, 1e-5, 2e-5, 3e-5])
+    assert ("the rate never reaches" in capsys.readouterr().out) == (rates is None)
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sppo, "sppo_loss", lambda logps, *_: logps * math.nan)
     assert "lower --learning_rate" in stopped(capsys, cli, sppo, "--limit", "40", "--n_eval", "4")

@@ -127,12 +127,13 @@ def real_runs(results):
 
 
 def real(results):
-    """What SmolLM2-135M keeps by iterate, mean over seeds, with the standard error over all prompts of all seeds."""
+    """What SmolLM2-135M does by iterate, mean over seeds, with the standard error over all prompts of all seeds."""
     shown = (
-        ("kept", "one instruction, unseen topics", 64),
-        ("kept of two", "two instructions, never trained together", 32),
+        ("kept", "one instruction is followed", 64),
+        ("kept of two", "two at once, never trained", 32),
+        ("topic named", "the topic is named, not rewarded", 96),
     )
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), sharey=True, layout="constrained")
     for axes, (key, title, n) in zip(panels, shown, strict=True):
         for place, (name, seeds) in enumerate(real_runs(results).items()):
             rows = tensor(*([row["unseen"][key] for row in seed["table"]] for seed in seeds))  # (seeds, iterates)
@@ -143,7 +144,7 @@ def real(results):
             axes.errorbar(x, mean, error, **style)
         axes.set(title=title, xlabel="iterate (0: base model)", ylim=(0, 1), xticks=range(3))
         axes.grid(linewidth=0.5)
-    panels[0].set_ylabel("share of answers that keep\nall instructions")
+    panels[0].set_ylabel("share of answers on unseen topics")
     panels[0].legend(loc="upper left")
     return figure
 
@@ -155,7 +156,6 @@ def logratios(results):
     figure, panels = plt.subplots(2, 3, figsize=(10, 5.6), layout="constrained")
     for name, column in zip(("SPPO", "DNO", "DPO"), panels.T, strict=True):
         real = [seed["log_ratios"] for seed in runs.get(name, [])]
-        untuned = ", untuned" if name == "DPO" else ""
         for axes, what, seeds in zip(column, ("digits", "real model"), ([*digits[name].values()], real), strict=True):
             if not seeds:
                 axes.axis("off")
@@ -169,7 +169,7 @@ def logratios(results):
                 style = {"color": STYLES[name]["color"], "linestyle": line, "linewidth": 2, "label": label}
                 band(axes, (torch.arange(bins) + 0.5) * width, means[:, :, i].tolist(), **style)
             axes.axhline(0, color=GREY, linewidth=1)
-            title = f"{name}, {what}, {len(seeds)} seed" + "s" * (len(seeds) > 1) + untuned
+            title = f"{name}, {what}, {len(seeds)} seed" + "s" * (len(seeds) > 1)
             axes.set(xlabel=f"training step (means of {width})", title=title)
             axes.grid(linewidth=0.5)
             axes.legend(loc="best")
