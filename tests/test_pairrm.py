@@ -151,6 +151,13 @@ def test_attention_of_another_kind_is_refused():
         common.PairRMNet(transformers.DebertaV2Config(**SIZES, **DEBERTA | {"share_att_key": False}))
 
 
+def test_equal_responses_tie_exactly_and_are_not_read(toy, monkeypatch):
+    judge, lengths = PairRM(str(toy)), []
+    monkeypatch.setattr(judge.net, "forward", lambda ids, n, at: lengths.extend(n) or torch.rand(len(n)))
+    prefs = judge(["light"] * 2, [["a", "b", "a", " b"], ["bad", "bad", "bad", "bad"]])
+    assert len(lengths) == 8 and prefs[0, 0, 2] == prefs[0, 3, 1] == 0.5 and (prefs[1] == 0.5).all()
+
+
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs llm-blender's answers")
 def test_pair_logits_are_those_of_llm_blender():
     golden, judge = json.loads((GOLDEN / "golden.json").read_text()), PairRM(str(GOLDEN))
