@@ -139,8 +139,8 @@ PAPER = {  # arXiv 2405.00675, section 5.1; k, temperature, top_p, warmup, itera
     "schedule_epochs": 18,
     "batch_size": 64,
 }
-# What worked at 135 M on another task; tests/README.md has what did not. Not tried at 0.5 B. RMSprop's moment starts
-# at 0, so that the first steps are up to ten times the rate: hence the long warm-up.
+# Chosen at 135 M; tests/README.md has what else was tried. At 0.5 B it overshot: RMSprop's moment starts at 0, so that
+# the first steps are up to ten times the rate, and with few steps a share of them is too short a warm-up.
 SMALL = {"max_prompt_tokens": 128, "max_new_tokens": 80, "eta": 10.0, "temperature": 0.7, "micro_tokens": 2048}
 SMALL |= {"learning_rate": 1e-5, "warmup_steps": 0.2, "batch_size": 8}
 SMALL = {**PAPER, **SMALL, "schedule_epochs": 0, "checkpointing": False}

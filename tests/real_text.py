@@ -194,7 +194,7 @@ def run(method, seed, settings):
     return result | {"answers": [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in some]}
 
 
-NAMES = {"sppo": "SPPO", "dno": "DNO", "dno_teacher": "DNO, teacher", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
+NAMES = {"sppo": "SPPO", "dno_teacher": "DNO, teacher", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
 COLUMNS = {"wins_vs_start": 3, "wins_at_equal_length": 3, "logp_drop": 2, "tokens": 1, "truncated": 3}
 UNSEEN_COLUMNS = {"kept": 3, "kept of two": 3, "topic named": 2, "distinct-2": 2, "logp per token": 2}
 

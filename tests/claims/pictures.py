@@ -25,6 +25,7 @@ STYLES = {  # the same in all pictures
     "DPO": {"color": "#0072B2", "linestyle": (0, (5, 1.5, 1, 1.5))},
     "SPPO": {"color": "#D55E00", "linestyle": "-"},
     "DNO": {"color": "#009E73", "linestyle": (0, (4, 3))},
+    "DNO, teacher": {"color": "#E69F00", "linestyle": (0, (7, 2))},
     "Sr-DPO": {"color": "#CC79A7", "linestyle": (0, (1, 1.2))},
 }
 plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pictures", "savefig.transparent": True})
@@ -114,7 +115,7 @@ def band(axes, x, rows, **style):
     axes.fill_between(x, rows.amin(0), rows.amax(0), color=style["color"], alpha=0.18, linewidth=0)
 
 
-METHODS = {"sppo": "SPPO", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
+METHODS = {"sppo": "SPPO", "dno_teacher": "DNO, teacher", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
 
 
 def real_runs(results):
@@ -145,7 +146,7 @@ def real(results):
         axes.set(title=title, xlabel="iterate (0: base model)", ylim=(0, 1), xticks=range(3))
         axes.grid(linewidth=0.5)
     panels[0].set_ylabel("share of answers on unseen topics")
-    panels[0].legend(loc="upper left")
+    panels[1].legend(loc="upper left", fontsize=8.5)
     return figure
 
 
