@@ -99,7 +99,7 @@ def test_every_command_is_one_that_the_script_takes(command, tmp_path, monkeypat
 
 def test_every_flag_that_is_named_exists():
     known = {f"--{name}" for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__} | {"--help"}
-    theirs = "--record --repeats --seeds --data --no --device --table"  # of commands in tests/
+    theirs = "--record --repeats --seeds --data --no --device --table --set"  # of commands in tests/
     theirs += " --model_outputs --model_configs --model_args --tasks"  # of alpaca_eval and lm_eval
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README + TESTS + CLAIMS)) <= known | set(theirs.split())
 
