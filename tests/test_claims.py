@@ -127,12 +127,12 @@ def test_the_rules_of_the_real_task_by_hand():
     torch.testing.assert_close(prefs, right)
 
 
-def test_unseen_prompts_are_on_other_topics(tmp_path):
-    train, unseen = (common.read_jsonl(file) for file in real_text.write_prompts(tmp_path))
-    texts = [[re.sub("[?.]", " ", row["prompt"][-1]["content"]) for row in rows] for rows in (train, unseen)]
+def test_unseen_prompts_are_on_other_topics():
+    train, unseen = real_text.all_prompts()
+    texts = [[re.sub("[?.]", " ", prompt[-1]["content"]) for prompt in prompts] for prompts in (train, unseen)]
     topics = [{t for t in real_text.TOPICS if any(f" {t} " in text for text in some)} for some in texts]
     assert len(train) == 360 and len(unseen) == 96 and len(topics[0]) == 64 and not topics[0] & topics[1] and topics[1]
-    both = [row for row in unseen if all(text in row["prompt"][-1]["content"] for text in ("commas", "Use the word"))]
+    both = [prompt for prompt in unseen if all(text in prompt[-1]["content"] for text in ("commas", "Use the word"))]
     assert both == unseen[64:] and not any(text in str(train) for text in ("commas. Use", '". Do not'))
 
 

@@ -138,7 +138,7 @@ IMAGE = [{"type": "text", "text": "q"}, {"type": "image"}]
         ({"prompt": "half \ud83d"}, "of no known shape, UnicodeEncodeError: "),
         ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}]}, "with a message that is not text"),
         ("null", "of no known shape, no JSON object in UTF-8"),
-        ({"prompt": "q", "input": "about x"}, "with another question beside its prompt"),
+        ({"prompt": "q", "input": "about x"}, "with a question that differs from its prompt"),
         ({"prompt": "q", "system": "a", "system_prompt": "b"}, "with two system turns"),
         ({"prompt": [SYSTEM, *user("q")], "system": "another"}, "with two system turns"),
         ({"prompt": "q", "chosen": [FINE, *user("and?"), BAD], "rejected": "bad"}, "not one assistant turn"),
