@@ -14,7 +14,6 @@ from conftest import ROOT
 from games import BIASED, NASH, gap
 from steps import tensor
 
-import common
 import dno
 import sppo
 
