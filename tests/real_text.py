@@ -110,11 +110,11 @@ OWN |= {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "epochs": 1, "ba
 OWN |= {"learning_rate": 1e-5, "micro_tokens": 1024}
 GIVEN = {key: value for key, value in OWN.items() if key not in ("limit", "iterations", "k")}
 GIVEN["learning_rate"] = 3e-6  # losses without a target overshoot at 1e-5
-DNO = {**OWN, "limit": 160, "sft_alpha": 0.0}  # it makes three pairs of a prompt
+DNO = {**GIVEN, "limit": 160, "iterations": 2, "k": 4, "sft_alpha": 0.0}  # it makes three pairs of a prompt
 METHODS = {
     "sppo": (sppo, OWN),
     "dno": (dno, {**DNO, "gold": ""}),
-    "dno_teacher": (dno, {**DNO, "learning_rate": 3e-6}),
+    "dno_teacher": (dno, DNO),
     "dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.0}),
     "sr_dpo": (sr_dpo, {**GIVEN, "loss": "sr_dpo", "lam": 0.3}),
 }
