@@ -5,8 +5,8 @@
     3. Optimiser                   84  SplitMaster: RMSprop for bf16 weights with an exact float32 master
     4. Judges                     335  prefs[b, i, j] = P(y_i > y_j), from PairRM, an LLM server, or digits
     5. Data and chat templates    355  prompts and pairs of the usual shapes; Chat: from conversations to token ids
-    6. Models and checkpoints     173  load, check, save; the built-in `tiny`
-    7. Files                       62  written whole or not at all; rows that are made once, also across a kill
+    6. Models and checkpoints     172  load, check, save; the built-in `tiny`
+    7. Files                       63  written whole or not at all; rows that are made once, also across a kill
     8. Evaluation                  68  win rates of each iterate against all earlier ones; AlpacaEval's outputs.json
     9. Run folder, command line   366  runs/NAME; flags; "does it fit?"; errors in one line
 
@@ -690,7 +690,7 @@ class DigitsJudge:
 
 PAIRRM_TOKENS = {"cpu": 2**11, "cuda": 2**14}  # tokens of all rows of a forward; a row has at most 2,048
 PAIRRM_HEADS = {"cpu": 1, "cuda": 16}  # heads attended to at a time; a CPU's cache has room for the scores of one
-TILE = {"cpu": 64, "cuda": 2048}  # tokens whose scores of position are computed at a time
+PAIRRM_TILE = {"cpu": 64, "cuda": 2048}  # tokens whose scores of position are computed at a time
 
 
 def folder_or_hub_id(name):
@@ -705,7 +705,7 @@ def position_scores(write, scores, x, at):
 
     x (H, T, d), at (H, 2 T - 1, d): in rows of products, those of one i - j lie on a diagonal.
     """
-    for a in range(0, T := x.shape[1], size := TILE[x.device.type]):
+    for a in range(0, T := x.shape[1], size := PAIRRM_TILE[x.device.type]):
         m = min(size, T - a)
         products = x[:, a : a + m] @ at[:, T - m - a : 2 * T - 1 - a].mT  # (H, m, T + m - 1)
         shifted = products.as_strided((len(x), m, T), (m * (T + m - 1), T + m - 2, 1), m - 1)  # row r from m - 1 - r on
@@ -797,8 +797,8 @@ class PairRM:
         """M (B, K, K) float32, M[b, i, j] the logit of y_i over y_j when y_i comes first; 0 where they are equal.
 
         A pair is read as [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP], x cut
-        to 1,224 tokens, each y to 412 plus half of what x leaves unused. Raises ValueError unless all prompts have as
-        many responses.
+        to 1,224 tokens, each y to 412 plus half of what x leaves unused. Raises ValueError unless all prompts have
+        the same number of responses.
         """
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if len(ks := {len(texts) for texts in responses}) != 1:
@@ -1450,7 +1450,6 @@ def check_architecture(policy, name):
 
 def save_policy(policy, tokenizer, folder):
     """Write weights, remainders of the master if there are any, and tokenizer: the whole folder or nothing."""
-    folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # what a kill left
     policy.save_pretrained(part)
@@ -1516,6 +1515,7 @@ def write(path, lines):
 
 
 def write_jsonl(path, rows):
+    """Write a row a line, atomically."""
     write(path, (as_json(row) + "\n" for row in rows))
 
 
@@ -1637,6 +1637,7 @@ LOCKS = {}  # run folder -> its open descriptor, for as long as this process wor
 
 
 def run_folder(args):
+    """The folder of the run that these flags name or resume."""
     return Path(args.resume or f"runs/{args.name}")
 
 
@@ -1852,8 +1853,7 @@ def check_fit(args):
     sizes = memory, free_memory(args.device), max(0, disk), shutil.disk_usage(folder).free
     memory, have, disk, free = (size / 1e9 for size in sizes)
     print(f"{n:,} parameters: at least {memory:.1f} GB to train, {have:.1f} available; {disk:.1f} of disk")
-    needs = f"training needs at least {memory:.0f} GB, {have:.0f} are free"
-    require(memory < have, f"--model {args.model}: {needs}; take a smaller --model or a larger GPU")
+    require(memory < have, f"--model {args.model}: training needs at least {memory:.0f} GB, {have:.0f} are free")
     require(disk < free, f"runs/ needs {disk:.0f} GB of disk, {free:.0f} are free; make room or lower --iterations")
 
 

@@ -130,8 +130,9 @@ class Args:
         require(self.tau <= self.eta, f"--tau {self.tau}: must be at most --eta {self.eta}")
 
 
-# Section 5.1; K, iterations, epochs, batch size are the defaults. The paper's judge is GPT-4-Turbo (--judge llm), the
-PAPER = {  # base model Orca-2.5. It lowers the rate in later iterations but does not say by how much.
+# arXiv 2404.03715, section 5.1; K, iterations, epochs and batch size: the defaults. Its judge is GPT-4-Turbo (--judge
+# llm), its base model Orca-2.5. It lowers the rate in later iterations but does not say by how much.
+PAPER = {
     "prompts": "openbmb/UltraFeedback",
     "gold": "openbmb/UltraFeedback",
     "judge": "pairrm",

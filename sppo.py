@@ -5,7 +5,7 @@ answers every prompt K times, a judge estimates the probability that each is pre
 moves towards pi_{t+1}(y) = pi_t(y) exp(eta P(y > pi_t)) / Z: a no-regret step in the game "whose answer is preferred?".
 
     python sppo.py                       the built-in task, two minutes on one CPU core: 0.14 -> 0.89 right
-    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in thirds, PairRM; 80 GB of GPU; not run whole
+    python sppo.py --model mistral-7b    the paper's setup: UltraFeedback in thirds, PairRM; one 80 GB GPU; not yet run
     python sppo.py --model DIR --prompts FILE.jsonl --judge DIR    your model, data and judge
 
 It writes runs/NAME/: config.json, metrics.jsonl (a line per iterate), iter_T/{responses,preferences,pairs,steps,

@@ -120,11 +120,13 @@ METHODS = {
 }
 
 
+ARGS = sppo.Args(**{name: OWN[name] for name in ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p")})
+
+
 def answer(policy, tokenizer, prompts, k, seed):
     """k answers to each prompt, as texts: a list of lists."""
-    args = sppo.Args(**{name: OWN[name] for name in ("max_prompt_tokens", "max_new_tokens", "temperature", "top_p")})
-    rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], args)
-    rows = common.sample_responses(policy, tokenizer, rows, k, seed, args)
+    rows = common.encode_rows(policy, tokenizer, [{"prompt": prompt} for prompt in prompts], ARGS)
+    rows = common.sample_responses(policy, tokenizer, rows, k, seed, ARGS)
     return [[y["text"] for y in row["responses"]] for row in rows]
 
 
@@ -143,8 +145,7 @@ def beside(policy, tokenizer, prompts, texts):
     named = mean(topic in text.lower() for topic, text in zip(topics, texts, strict=True))
     twos = [pair for text in texts for pair in zip(words(text), words(text)[1:], strict=False)]
     rows = [{"prompt": x, "answer": y} for x, y in zip(prompts, texts, strict=True) if y.strip()]
-    args = sppo.Args(max_prompt_tokens=96, max_new_tokens=64)
-    rows = common.encode_rows(policy, tokenizer, rows, args, answers=["answer"])
+    rows = common.encode_rows(policy, tokenizer, rows, ARGS, answers=["answer"])
     rows = common.add_logps(policy, [{**row, "responses": [row["answer"]]} for row in rows], "logps", 1024)
     tokens = sum(len(row["answer"]["ids"]) for row in rows)
     logp = sum(row["logps"][0] for row in rows) / tokens  # under the base model

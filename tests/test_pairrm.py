@@ -88,7 +88,7 @@ def test_pair_logits_are_those_of_the_description_whatever_else_is_asked(toy, mo
     assert max(lengths) == 2048 and min(lengths) < 40
     assert (logits + logits.mT).abs().max() > 0.05  # the order matters, so that a wrong one would be seen
     monkeypatch.setitem(common.PAIRRM_TOKENS, "cpu", 1)  # each row alone
-    monkeypatch.setitem(common.TILE, "cpu", 50)
+    monkeypatch.setitem(common.PAIRRM_TILE, "cpu", 50)
     turned = [[c, a] for a, _, c in candidates[:3]]  # another K, another order
     two = PairRM(str(toy)).pair_logits(prompts[:3], turned)
     torch.testing.assert_close(two[:, 0, 1], logits[:3, 2, 0], atol=1e-5, rtol=0)
@@ -105,7 +105,7 @@ def test_packed_rows_are_read_as_transformers_reads_each(heads, half, atol, monk
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     monkeypatch.setitem(common.PAIRRM_HEADS, "cpu", heads)
-    monkeypatch.setitem(common.TILE, "cpu", 23)
+    monkeypatch.setitem(common.PAIRRM_TILE, "cpu", 23)
     net.pretrained_model.encoder.layer[-1].output.register_forward_hook(lambda *call: seen.append(call[2]))
     ids = torch.randint(99, (sum(lengths),))
     with torch.autocast("cpu", torch.float16, enabled=half):  # as on a GPU

@@ -41,7 +41,7 @@ def test_the_papers_recipes_fit_80_gb_at_7b(script, seven_b, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("gigabytes", "disk", "flags", "words"),
     [
-        (50, 1000, {}, "training needs at least 58 GB, 50 are free; take a smaller --model"),
+        (50, 1000, {}, "training needs at least 58 GB, 50 are free"),
         (80, 100, {}, "GB of disk, 100 are free"),
         (80, 1000, {"max_new_tokens": 40_000}, "lower these"),
     ],

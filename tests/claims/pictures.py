@@ -16,7 +16,9 @@ import torch
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import real_text
 from games import BIASED, NASH, RESULTS, dno_exact_step, dpo_step, play, sppo_step, tensor
 
 PICTURES = Path(__file__).resolve().parents[2] / ".github"
@@ -115,12 +117,9 @@ def band(axes, x, rows, **style):
     axes.fill_between(x, rows.amin(0), rows.amax(0), color=style["color"], alpha=0.18, linewidth=0)
 
 
-METHODS = {"sppo": "SPPO", "dno_teacher": "DNO, teacher", "dno": "DNO", "dpo": "DPO", "sr_dpo": "Sr-DPO"}
-
-
 def real_runs(results):
     """{method: its records, one a seed} of tests/real_text.py."""
-    files = {name: sorted(results.glob(f"real_{key}_[0-9].json")) for key, name in METHODS.items()}
+    files = {name: sorted(results.glob(f"real_{key}_[0-9].json")) for key, name in real_text.NAMES.items()}
     found = {name: [json.loads(file.read_text()) for file in some] for name, some in files.items() if some}
     if "SPPO" not in found:
         raise FileNotFoundError(2, "no such file", str(results / "real_sppo_1.json"))
